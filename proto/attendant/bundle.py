@@ -1,0 +1,392 @@
+"""The bundle manifest: the one thing that export writes and the service reads.
+
+A bundle is a directory `<repository>/<name>/<version>/` that holds `manifest.json` and the files it lists. The manifest
+says everything: every graph with every input and output, its dtype, axes and role; every state a sequence must remember
+and the rule that governs it; limits, vocabulary, provenance; and the certificate, without which nothing is served. The
+reader guesses nothing, and an unknown field is an error.
+
+It knows neither how a graph is made nor how it is run.
+"""
+
+import hashlib
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+# The dynamic axes a graph may have; every other axis is a number.
+ROWS = "rows"  # sequences that run together
+TOKENS = "tokens"  # new tokens of each row
+CAPACITY = "capacity"  # positions a row of an `append` state can hold
+LOGIT_ROWS = "logit_rows"  # positions whose logits are wanted
+SOURCE = "source"  # positions of an encoder's memory
+AXES = frozenset({ROWS, TOKENS, CAPACITY, LOGIT_ROWS, SOURCE})
+
+Axis = int | str
+ModelName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class BundleError(ValueError):
+    """A bundle cannot be read; the message says which and why."""
+
+
+class DType(StrEnum):
+    """Element types, by their numpy names (bfloat16 has none in numpy and is named as ONNX does)."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+    UINT8 = "uint8"
+    INT32 = "int32"
+    INT64 = "int64"
+    BOOL = "bool"
+
+
+class StateRule(StrEnum):
+    """What happens to a state between two steps."""
+
+    APPEND = "append"
+    """Written in place at each row's own next positions; past and present share memory."""
+    RING = "ring"
+    """As `replace`; the graph itself writes position p at p mod its capacity."""
+    REPLACE = "replace"
+    """The graph's output is the next step's input, through a second buffer."""
+    FIXED = "fixed"
+    """Made once per request, with a length of its own, and only read afterwards."""
+
+
+class Role(StrEnum):
+    """What a graph's input or output means to whoever runs the graph."""
+
+    TOKEN_IDS = "token_ids"
+    """[rows, tokens] int64: new tokens."""
+    POSITIONS = "positions"
+    """[rows, tokens] int64: absolute positions of the new tokens."""
+    LENGTHS = "lengths"
+    """[rows] int32: tokens of each row after this step, the new ones included."""
+    TOTAL_LENGTH = "total_length"
+    """[] int32: the capacity of the `append` states; equal to `tokens` it means "no row has a past"."""
+    LOGITS_INDEX = "logits_index"
+    """[logit_rows] int64: flat positions row * tokens + token whose logits are wanted; never empty."""
+    MEMORY = "memory"
+    """[rows, source, width]: what an encoder made of the source."""
+    MEMORY_LENGTH = "memory_length"
+    """[rows] int32: valid positions of each row's memory."""
+    NOISE = "noise"
+    """Uniform or Gumbel noise that makes sampling inside a graph repeatable."""
+    IMAGE = "image"
+    """[rows, channels, height, width] float32."""
+    AUDIO = "audio"
+    """[rows, frames, features] float32."""
+    LOGITS = "logits"
+    """[logit_rows, vocabulary] or [rows, classes] float32."""
+    HIDDEN = "hidden"
+    """[rows, tokens, width]: the last layer's output."""
+    WEIGHTS = "weights"
+    """Attention weights, for explain graphs only."""
+    STATE = "state"
+    """A state of the manifest, named by its `input` or `output`."""
+
+
+class GraphKind(StrEnum):
+    """What a graph is run for."""
+
+    STEP = "step"
+    """Prefill and decode: any number of rows and new tokens."""
+    ENCODE = "encode"
+    """Once per request, or the whole work of an encoder."""
+    EXPLAIN = "explain"
+    """Attention weights on request; never on the hot path."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ser_json_inf_nan="strings")
+
+
+class FileRef(_Frozen):
+    """A file of the bundle: `name` beside the manifest, its size in bytes and its hash."""
+
+    name: FileName
+    bytes: int = Field(ge=0)
+    sha256: Sha256
+
+
+class TensorSpec(_Frozen):
+    """One input or output of a graph. Axes are numbers or names from `AXES`."""
+
+    name: str = Field(min_length=1)
+    role: Role
+    dtype: DType
+    axes: tuple[Axis, ...]
+
+    @model_validator(mode="after")
+    def _axes_are_known(self) -> "TensorSpec":
+        for axis in self.axes:
+            if isinstance(axis, str) and axis not in AXES:
+                raise ValueError(f"{self.name}: unknown axis {axis!r}; known: {sorted(AXES)}")
+            if isinstance(axis, int) and axis < 1:
+                raise ValueError(f"{self.name}: axis {axis} is not positive")
+        return self
+
+
+class GraphSpec(_Frozen):
+    """One ONNX graph. Its weights lie in `data`, beside `file`, unless they fit inside it."""
+
+    kind: GraphKind
+    file: FileName
+    data: FileName | None = None
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> "GraphSpec":
+        for tensors in (self.inputs, self.outputs):
+            names = [tensor.name for tensor in tensors]
+            if len(set(names)) != len(names):
+                raise ValueError(f"{self.file}: tensor names repeat: {sorted(names)}")
+        return self
+
+    def input(self, role: Role) -> TensorSpec | None:
+        """Return the only input of this role, or None."""
+        return next((tensor for tensor in self.inputs if tensor.role is role), None)
+
+    def output(self, role: Role) -> TensorSpec | None:
+        """Return the only output of this role, or None."""
+        return next((tensor for tensor in self.outputs if tensor.role is role), None)
+
+
+class StateSpec(_Frozen):
+    """One tensor that a sequence remembers between steps, and the rule that governs it.
+
+    `axes` begins with "rows". `input` and `output` name the step graph's tensors; a `fixed` state is an output of the
+    encode graph. With a `window`, positions further behind than that are never read again.
+    """
+
+    name: str = Field(min_length=1)
+    rule: StateRule
+    dtype: DType
+    axes: tuple[Axis, ...]
+    input: str
+    output: str | None = None
+    window: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _rule_fits(self) -> "StateSpec":
+        if not self.axes or self.axes[0] != ROWS:
+            raise ValueError(f"state {self.name}: the first axis must be {ROWS!r}, not {self.axes[:1]}")
+        if (CAPACITY in self.axes) != (self.rule is StateRule.APPEND):
+            raise ValueError(f"state {self.name}: exactly the `append` states have an axis {CAPACITY!r}")
+        if (self.output is None) != (self.rule is StateRule.FIXED):
+            raise ValueError(f"state {self.name}: exactly the `fixed` states have no output of the step graph")
+        if self.window is not None and self.rule is not StateRule.APPEND:
+            raise ValueError(f"state {self.name}: only `append` states have a window")
+        return self
+
+
+class Check(_Frozen):
+    """One measured claim of the certificate: `measured` is at most `bound`, over `grid`."""
+
+    name: str
+    measured: float
+    bound: float
+    grid: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the measured value keeps the bound (NaN never does)."""
+        return self.measured <= self.bound
+
+
+class Quality(_Frozen):
+    """What quantisation cost on real text: perplexities of this bundle and of its fp32 original.
+
+    `relative_increase` is perplexity / reference - 1, `standard_error` that of its paired per-token estimate.
+    """
+
+    perplexity: float = Field(gt=0)
+    reference_perplexity: float = Field(gt=0)
+    relative_increase: float
+    standard_error: float = Field(ge=0)
+    num_tokens: int = Field(ge=1)
+    text: str
+    bound: float
+
+
+class Certificate(_Frozen):
+    """Why the bundle may be trusted: every check passed, or the exporter would not have written it."""
+
+    checks: tuple[Check, ...] = Field(min_length=1)
+    quality: Quality | None = None
+
+    @model_validator(mode="after")
+    def _all_passed(self) -> "Certificate":
+        for check in self.checks:
+            if not check.passed:
+                raise ValueError(f"check {check.name} failed: {check.measured:g} > {check.bound:g}")
+        if self.quality is not None and not self.quality.relative_increase <= self.quality.bound:
+            raise ValueError(
+                f"perplexity rose by {self.quality.relative_increase:.2%}, allowed {self.quality.bound:.2%}"
+            )
+        return self
+
+
+class Golden(_Frozen):
+    """The recorded run that the service replays before it serves; see docs/bundle.md for the arrays in `file`.
+
+    `bitwise_on` lists the processor features (attendant.processor) of the machine that recorded it: integer graphs are
+    compared bit for bit there, and by mean log-likelihood elsewhere, within `bound` either way for fp32.
+    """
+
+    file: FileName
+    bound: float = Field(gt=0)
+    log_likelihood_bound: float = Field(gt=0)
+    bitwise: bool
+    bitwise_on: tuple[str, ...]
+
+
+class Vocabulary(_Frozen):
+    """The tokenizer file (Hugging Face `tokenizers` format) and the ids with a meaning of their own."""
+
+    file: FileName
+    size: int = Field(ge=2)
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    add_bos: bool = False
+    """Whether a plain prompt starts with `bos_token_id`."""
+    chat_template: str | None = None
+    """A Jinja template over `messages`, `bos_token`, `eos_token` and `add_generation_prompt`."""
+
+
+class SamplingDefaults(_Frozen):
+    """What the bundle's authors advise where a request is silent."""
+
+    temperature: float | None = Field(default=None, ge=0, le=10)
+    top_k: int | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+
+
+class Limits(_Frozen):
+    """How long things may be, in tokens."""
+
+    max_model_len: int = Field(ge=2)
+    max_source_len: int | None = Field(default=None, ge=1)
+
+
+class Provenance(_Frozen):
+    """Where the weights come from and under which licence they may be used."""
+
+    source: str
+    licence: str
+    recipe: str | None = None
+    data: str | None = None
+    synthetic: bool = False
+    """Random weights, for sizing only."""
+
+
+class Producer(_Frozen):
+    """Versions of what made the bundle, by package name, and the day it was made (ISO 8601)."""
+
+    versions: dict[str, str]
+    created: str
+
+
+class Manifest(_Frozen):
+    """All there is to know about a bundle."""
+
+    schema_version: Literal[1] = 1
+    name: ModelName
+    version: int = Field(ge=1)
+    family: Literal["decoder", "encoder", "encoder_decoder", "recurrent", "vision"]
+    tasks: tuple[Literal["generate", "embed", "classify", "tag", "fill_mask", "score", "explain"], ...]
+    precision: Literal["fp32", "int8", "fp16", "bf16"]
+    target: Literal["cpu", "cuda"]
+    limits: Limits
+    vocabulary: Vocabulary | None = None
+    sampling_defaults: SamplingDefaults = SamplingDefaults()
+    graphs: tuple[GraphSpec, ...] = Field(min_length=1)
+    states: tuple[StateSpec, ...] = ()
+    files: tuple[FileRef, ...]
+    golden: Golden
+    certificate: Certificate
+    provenance: Provenance
+    producer: Producer
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> "Manifest":
+        listed = {file.name for file in self.files}
+        named = {self.golden.file}
+        for graph in self.graphs:
+            named |= {graph.file} | ({graph.data} if graph.data else set())
+        if self.vocabulary is not None:
+            named.add(self.vocabulary.file)
+        if named != listed:
+            raise ValueError(f"files named {sorted(named)} and files listed {sorted(listed)} differ")
+        kinds = [graph.kind for graph in self.graphs]
+        if len(set(kinds)) != len(kinds):
+            raise ValueError(f"one graph of each kind at most, not {kinds}")
+        if "generate" in self.tasks and (GraphKind.STEP not in kinds or self.vocabulary is None):
+            raise ValueError("a generating bundle needs a step graph and a vocabulary")
+        self._states_are_wired()
+        return self
+
+    def _states_are_wired(self) -> None:
+        step = self.graph(GraphKind.STEP)
+        state_inputs = {t.name: t for t in step.inputs if t.role is Role.STATE} if step else {}
+        state_outputs = {t.name: t for t in step.outputs if t.role is Role.STATE} if step else {}
+        if {state.input for state in self.states} != set(state_inputs):
+            raise ValueError("the states' inputs and the step graph's state inputs differ")
+        if {state.output for state in self.states if state.output} != set(state_outputs):
+            raise ValueError("the states' outputs and the step graph's state outputs differ")
+        for state in self.states:
+            for tensor in (state_inputs[state.input], state_outputs.get(state.output or "")):
+                if tensor is not None and (tensor.dtype, tensor.axes) != (state.dtype, state.axes):
+                    raise ValueError(f"state {state.name} and tensor {tensor.name} differ in dtype or axes")
+
+    def graph(self, kind: GraphKind) -> GraphSpec | None:
+        """Return the graph of this kind, or None."""
+        return next((graph for graph in self.graphs if graph.kind is kind), None)
+
+    @property
+    def key(self) -> str:
+        """The bundle's name on the wire, "name/version"."""
+        return f"{self.name}/{self.version}"
+
+    def to_json(self) -> str:
+        """Return the text of `manifest.json`: stable, indented, ending in a newline."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+
+
+def read_manifest(directory: Path) -> tuple[Manifest, str]:
+    """Read `manifest.json` and return it with the SHA-256 of its bytes, the identity of the bundle.
+
+    Raises:
+        BundleError: the file is missing, is not JSON, or does not follow the schema.
+    """
+    path = directory / MANIFEST_NAME
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path}: {error.strerror or error}") from error
+    try:
+        manifest = Manifest.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "manifest"
+        raise BundleError(f"{path}: {where}: {first['msg']} ({error.error_count()} error(s))") from error
+    return manifest, hashlib.sha256(content).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

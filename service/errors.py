@@ -1,0 +1,94 @@
+"""Everything that can go wrong for a caller, in the domain's words.
+
+    AttendantError            has a stable `reason`, a message for people and `metadata` for machines
+    |- InvalidField           a field of the request is out of range, contradictory or malformed
+    |- ContextLengthExceeded  prompt and answer together cannot fit
+    |- Unsupported            declared in the API, but not by this build or this bundle
+    |- ModelNotFound          no bundle of that name or version
+    |- ModelUnavailable       the bundle was refused, is loading or has failed
+    |- QueueFull              as many requests wait as may; worth trying again later
+    |- Draining               the server is going away; worth trying elsewhere
+    '- ExecutionFailed        the graph failed on this request
+
+`service/rpc/status.py` is the one place that turns them into gRPC codes. Anything else that reaches it is a bug of
+ours: the caller gets a constant sentence and the log gets the traceback.
+"""
+
+from collections.abc import Mapping
+
+
+class AttendantError(Exception):
+    """An error with a caller: `reason` is UPPER_SNAKE and stable, `metadata` is flat text."""
+
+    reason = "INTERNAL"
+
+    def __init__(self, message: str, metadata: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.metadata: dict[str, str] = dict(metadata or {})
+
+
+class InvalidField(AttendantError):
+    """A field of the request cannot be taken; names the field, its value and what is allowed."""
+
+    reason = "INVALID_FIELD"
+
+    def __init__(self, field: str, value: object, limit: str) -> None:
+        shown = repr(value)
+        if len(shown) > 80:
+            shown = shown[:77] + "..."
+        super().__init__(f"{field} is {shown}: {limit}", {"field": field, "value": shown, "limit": limit})
+        self.field = field
+        self.limit = limit
+
+
+class ContextLengthExceeded(AttendantError):
+    """Prompt and answer cannot fit into the model's context or the server's KV memory."""
+
+    reason = "CONTEXT_LENGTH_EXCEEDED"
+
+    def __init__(self, *, prompt_tokens: int, max_tokens: int, limit: int, limit_name: str) -> None:
+        super().__init__(
+            f"prompt of {prompt_tokens} tokens + sampling.max_tokens {max_tokens} exceed {limit_name} of {limit} tokens",
+            {"prompt_tokens": str(prompt_tokens), "max_tokens": str(max_tokens), limit_name: str(limit)},
+        )
+
+
+class Unsupported(AttendantError):
+    """The API declares it, this build or bundle does not do it."""
+
+    reason = "UNSUPPORTED"
+
+
+class ModelNotFound(AttendantError):
+    """No bundle of that name or version."""
+
+    reason = "MODEL_NOT_FOUND"
+
+
+class ModelUnavailable(AttendantError):
+    """The bundle is known but not served: refused, loading or failed."""
+
+    reason = "MODEL_UNAVAILABLE"
+
+
+class QueueFull(AttendantError):
+    """As many requests wait as may; `retry_after_seconds` is a guess at when one more would fit."""
+
+    reason = "QUEUE_FULL"
+
+    def __init__(self, message: str, retry_after_seconds: float, metadata: Mapping[str, str] | None = None) -> None:
+        super().__init__(message, metadata)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class Draining(AttendantError):
+    """The server takes no new requests because it is stopping."""
+
+    reason = "SERVER_DRAINING"
+
+
+class ExecutionFailed(AttendantError):
+    """Running the graph failed for this request; its neighbours are not affected."""
+
+    reason = "EXECUTION_FAILED"

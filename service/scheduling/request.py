@@ -1,0 +1,89 @@
+"""The nouns of scheduling: what a request asks for, and what comes out of it."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class FinishReason(Enum):
+    """Why a request ended well."""
+
+    STOP = "stop"
+    EOS = "eos"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen; validated at the border, in `service/rpc`."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0  # unsigned 64 bits
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0.0
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether logits are changed before the choice, by penalties or bias."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or bool(self.logit_bias)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One request as the scheduler sees it: token ids only, every default resolved.
+
+    Positions are half-open intervals: the prompt is [0, len(prompt)), the answer at most
+    [len(prompt), len(prompt) + max_tokens).
+    """
+
+    request_id: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    min_tokens: int = 0
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    eos_token_ids: frozenset[int] = frozenset()  # empty when the caller ignores them
+    stop_token_ids: frozenset[int] = frozenset()
+    logprobs: bool = False
+    top_logprobs: int = 0
+    priority: int = 0  # larger is more urgent
+    arrival: float  # seconds of the engine's monotonic clock
+    deadline: float | None = None  # the same clock
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Positions that the whole sequence can come to occupy."""
+        return len(self.prompt) + self.max_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token; `logprob` and `top` only if asked for, under the unmodified distribution."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finish:
+    """How and when a request ended well; durations in seconds."""
+
+    reason: FinishReason
+    queue_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    cached_tokens: int = 0
