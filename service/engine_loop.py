@@ -1,0 +1,382 @@
+"""One bundle's engine thread, and the streams through which the event loop talks to it.
+
+The event loop submits and cancels; the engine thread owns the scheduler and the engine and runs `schedule`, `execute`,
+`update` for ever; all that a step produced crosses back in one `call_soon_threadsafe`. Neither side waits for the other:
+a stream nobody reads costs its answer's tokens in memory, bounded by max_tokens, and nothing else.
+
+Every stream ends in exactly one way: an item with `finish`, an `ExecutionFailed`, or its own `cancel`.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from attendant.bundle import Check, Manifest
+from service.bundle import FoundBundle, verify_files
+from service.engine.engine import Engine
+from service.engine.pools import pool_size
+from service.engine.runtime import use_threads
+from service.engine.self_test import check_bundle
+from service.engine.step_graph import StepGraph
+from service.errors import (
+    AttendantError,
+    ContextLengthExceeded,
+    Draining,
+    ExecutionFailed,
+    ModelUnavailable,
+    QueueFull,
+)
+from service.metrics import ModelMetrics
+from service.scheduling.plan import Event, FailureEvent, StepPlan, StepResult, TokenEvent
+from service.scheduling.request import Finish, Request, Token
+from service.scheduling.scheduler import Scheduler, SchedulerConfig, Snapshot
+
+logger = logging.getLogger(__name__)
+
+_IDLE_RELEASE_SECONDS = 30.0
+_STUCK_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """How much of the machine one bundle may use.
+
+    Args:
+        num_slots: sequences that run at once.
+        max_waiting_requests: requests that wait for a slot before more are turned away.
+        kv_memory: bytes for the states of all sequences.
+        prefill_chunk_tokens: longest prefill chunk while other sequences decode.
+        idle_chunk_tokens: longest prefill chunk while nothing decodes.
+        threads: ONNX Runtime threads, shared by all bundles of the process.
+    """
+
+    num_slots: int = 32
+    max_waiting_requests: int = 256
+    kv_memory: int = 4 << 30
+    prefill_chunk_tokens: int = 256
+    idle_chunk_tokens: int = 512
+    threads: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class StepTokens:
+    """What a stream got since it was last read, oldest first; with `finish` there is no more."""
+
+    tokens: tuple[Token, ...]
+    finish: Finish | None
+
+
+class TokenStream:
+    """The tokens of one request, on the event loop: an async iterator of `StepTokens`."""
+
+    def __init__(self, engine_loop: "EngineLoop", request: Request) -> None:
+        self.request = request
+        self._engine_loop = engine_loop
+        self._tokens: list[Token] = []
+        self._finish: Finish | None = None
+        self._error: AttendantError | None = None
+        self._ended = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> StepTokens:
+        """Wait for tokens.
+
+        Raises:
+            ExecutionFailed: the graph failed on this request.
+            Draining: the server stopped before the request was finished.
+        """
+        while not (self._tokens or self._finish or self._error or self._ended):
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        if self._tokens or self._finish:
+            item = StepTokens(tuple(self._tokens), self._finish)
+            self._tokens, self._finish = [], None
+            self._ended = self._ended or item.finish is not None
+            return item
+        if self._error is not None and not self._ended:
+            self._ended = True
+            raise self._error
+        raise StopAsyncIteration
+
+    def cancel(self) -> None:
+        """Give the request up; its slot is free before the next step. Does nothing once the request has ended."""
+        self._ended = True
+        self._engine_loop._forget(self.request.request_id)
+        self._wake()
+
+    def _deliver(self, token: Token, finish: Finish | None) -> None:
+        self._tokens.append(token)
+        self._finish = finish
+        self._wake()
+
+    def _fail(self, error: AttendantError) -> None:
+        self._error = error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    request_id: str
+
+
+class _Stop:
+    pass
+
+
+_Command = Request | _Cancel | _Stop
+
+
+class EngineLoop:
+    """Serves one loaded bundle. `load` builds it anywhere; everything else belongs to the event loop."""
+
+    clock = staticmethod(time.perf_counter)
+
+    def __init__(
+        self,
+        *,
+        manifest: Manifest,
+        engine: Engine,
+        scheduler: Scheduler,
+        options: EngineOptions,
+        metrics: ModelMetrics,
+        checks: Sequence[Check] = (),
+        load_seconds: float = 0.0,
+    ) -> None:
+        self.manifest = manifest
+        self.checks = tuple(checks)
+        self.load_seconds = load_seconds
+        self._engine = engine
+        self._scheduler = scheduler
+        self._options = options
+        self._metrics = metrics
+        self._streams: dict[str, TokenStream] = {}
+        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._accepts = True
+        self._failed = False
+        self._busy_since: float | None = None
+        self._last_finishes: deque[float] = deque(maxlen=16)
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    @classmethod
+    def load(cls, found: FoundBundle, options: EngineOptions, metrics: ModelMetrics) -> Self:
+        """Verify a bundle, load its graph, and run every load-time check. Blocks for seconds.
+
+        Raises:
+            BundleRefused: a check failed; the message says which and by how much.
+            ValueError: `kv_memory` is too small for this bundle.
+        """
+        started = time.perf_counter()
+        verify_files(found)
+        use_threads(options.threads)
+        size = pool_size(found.manifest, options.kv_memory)
+        graph = StepGraph(found, options.num_slots, size.capacity)
+        checks = check_bundle(found, graph)
+        config = SchedulerConfig(
+            num_slots=options.num_slots,
+            capacity=size.capacity,
+            kv_budget=size.budget,
+            chunk_tokens=options.prefill_chunk_tokens,
+            idle_chunk_tokens=options.idle_chunk_tokens,
+        )
+        return cls(
+            manifest=found.manifest,
+            engine=Engine(graph),
+            scheduler=Scheduler(config),
+            options=options,
+            metrics=metrics,
+            checks=checks,
+            load_seconds=time.perf_counter() - started,
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens of prompt and answer together: the model's limit, or less where KV memory is short."""
+        return self._scheduler.config.capacity
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the engine thread lives and its current step has not taken half a minute."""
+        since = self._busy_since
+        stuck = since is not None and self.clock() - since > _STUCK_SECONDS
+        return self._thread is not None and self._thread.is_alive() and not stuck and not self._failed
+
+    def snapshot(self) -> Snapshot:
+        """Return the scheduler's state as it is between two steps (or nearly: it is read from outside)."""
+        return self._scheduler.snapshot()
+
+    # Called on the event loop
+
+    def start(self) -> None:
+        """Start the engine thread; call it on the event loop that will submit."""
+        assert self._thread is None, "started twice"
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name=f"engine {self.manifest.key}", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> TokenStream:
+        """Queue a request and return its stream.
+
+        Raises:
+            ContextLengthExceeded: it can never fit.
+            QueueFull: as many requests wait as may.
+            Draining: no more requests are taken.
+            ModelUnavailable: the engine has failed.
+        """
+        if self._failed or self._thread is None:
+            raise ModelUnavailable(
+                f"model {self.manifest.key} has failed and is not served", {"model": self.manifest.key}
+            )
+        if not self._accepts:
+            raise Draining("the server is stopping and takes no new requests")
+        if not self._scheduler.fits(request):
+            raise ContextLengthExceeded(
+                prompt_tokens=len(request.prompt),
+                max_tokens=request.max_tokens,
+                limit=self.capacity,
+                limit_name="max_model_len" if self.capacity == self.manifest.limits.max_model_len else "kv_memory",
+            )
+        limit = self._options.num_slots + self._options.max_waiting_requests
+        if len(self._streams) >= limit:
+            raise QueueFull(
+                f"{len(self._streams)} requests run or wait, the limit is {limit}",
+                self._retry_after(),
+                {"requests": str(len(self._streams)), "max_requests": str(limit)},
+            )
+        assert request.request_id not in self._streams, f"request {request.request_id} is already here"
+        stream = self._streams[request.request_id] = TokenStream(self, request)
+        self._idle.clear()
+        self._commands.put(request)
+        return stream
+
+    async def drain(self, deadline_seconds: float) -> bool:
+        """Take no more requests and wait for those that are here; return whether all of them ended in time."""
+        self._accepts = False
+        try:
+            await asyncio.wait_for(self._idle.wait(), deadline_seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Stop the engine thread after its current step; requests that are still here end as `Draining`."""
+        self._accepts = False
+        self._commands.put(_Stop())
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+        self._end_all(Draining("the server stopped before the request was finished"))
+
+    def _forget(self, request_id: str) -> None:
+        if self._streams.pop(request_id, None) is not None:
+            self._commands.put(_Cancel(request_id))
+            self._note_idle()
+
+    def _note_idle(self) -> None:
+        if not self._streams:
+            self._idle.set()
+
+    def _retry_after(self) -> float:
+        """Guess when a place comes free, from how fast requests have been finishing."""
+        finishes = self._last_finishes
+        if len(finishes) < 2:
+            return 1.0
+        pace = (finishes[-1] - finishes[0]) / (len(finishes) - 1)
+        return min(max(pace, 0.05), 30.0)
+
+    def _publish(self, plan: StepPlan, result: StepResult, events: list[Event], snapshot: Snapshot) -> None:
+        """Hand a step's events to their streams and to the metrics; runs on the event loop."""
+        metrics = self._metrics
+        for event in events:
+            stream = self._streams.get(event.request.request_id)
+            if isinstance(event, FailureEvent):
+                if stream is not None:
+                    del self._streams[event.request.request_id]
+                    stream._fail(ExecutionFailed(event.message))
+                continue
+            self._observe(event)
+            if stream is not None:
+                if event.finish is not None:
+                    del self._streams[event.request.request_id]
+                    self._last_finishes.append(self.clock())
+                stream._deliver(event.token, event.finish)
+        if plan.rows:
+            real = sum(row.sample is not None for row in plan.rows)
+            metrics.step("decode", real, real, len(plan.rows) - real, result.decode_seconds)
+        if plan.chunk is not None:
+            metrics.step("prefill", 1, len(plan.chunk.token_ids), 0, result.prefill_seconds)
+        metrics.occupancy(snapshot.num_waiting, snapshot.num_running, snapshot.reserved, snapshot.config.kv_budget)
+        self._note_idle()
+
+    def _observe(self, event: TokenEvent) -> None:
+        num_prompt = len(event.request.prompt)
+        if event.is_first:
+            self._metrics.queued(num_prompt, event.queue_seconds)
+            self._metrics.prefilled(num_prompt, event.prefill_seconds)
+            self._metrics.first_token(num_prompt, event.gap_seconds)
+        else:
+            self._metrics.inter_token(event.context_tokens, event.gap_seconds)
+
+    def _end_all(self, error: AttendantError) -> None:
+        for stream in self._streams.values():
+            stream._fail(error)
+        self._streams.clear()
+        self._note_idle()
+
+    # The engine thread
+
+    def _run(self) -> None:
+        try:
+            while self._take_commands():
+                if self._scheduler.has_work:
+                    self._step()
+        except Exception:
+            logger.exception("the engine of %s stopped: a fault of ours", self.manifest.key)
+            self._failed = True
+            error = ModelUnavailable(f"model {self.manifest.key} has failed", {"model": self.manifest.key})
+            self._call_soon(self._end_all, error)
+
+    def _take_commands(self) -> bool:
+        """Apply every command that has come; wait for one if there is nothing else to do. False means stop."""
+        self._busy_since = None
+        try:
+            while True:
+                command = self._commands.get(timeout=_IDLE_RELEASE_SECONDS, block=not self._scheduler.has_work)
+                if isinstance(command, Request):
+                    self._scheduler.add(command)
+                elif isinstance(command, _Cancel):
+                    self._scheduler.cancel(command.request_id)
+                else:
+                    return False
+        except queue.Empty:
+            if not self._scheduler.has_work:
+                self._engine.execute(self._scheduler.release_idle())
+        return True
+
+    def _step(self) -> None:
+        self._busy_since = self.clock()
+        plan = self._scheduler.schedule(self._busy_since)
+        result = self._engine.execute(plan)
+        events = self._scheduler.update(plan, result, self.clock())
+        self._call_soon(self._publish, plan, result, events, self._scheduler.snapshot())
+
+    def _call_soon(self, function: Callable[..., None], *arguments: object) -> None:
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:
+            logger.debug("the event loop is closed; a step's results have nobody to go to")

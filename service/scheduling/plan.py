@@ -1,0 +1,104 @@
+"""What one step does, and what came of it: frozen values, the only things that cross from scheduling to the engine.
+
+Slots are rows of the state pools. A step runs the decode rows 0..E-1 together, whatever slot in that range is idle
+or still being prefilled included ("parked": it computes into its next free position, which is written again before it
+is ever read), and then at most one chunk of one prompt.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from service.scheduling.request import Finish, Request, Token
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Choose a token for `request` at `position`; `output` is what it generated so far, if the choice depends on it."""
+
+    request: Request
+    position: int
+    num_output: int
+    output: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Slot `i` of the decode rows: feed `token_id` at position `length - 1`. A parked row has no `sample`."""
+
+    token_id: int
+    length: int
+    sample: Sample | None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Prefill positions [start, start + len(token_ids)) of one slot; with `sample`, the prompt ends here."""
+
+    request_id: str
+    slot: int
+    start: int
+    token_ids: tuple[int, ...]
+    sample: Sample | None
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Copy positions [0, length) from one slot to another, before anything runs."""
+
+    source: int
+    destination: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: first `releases`, then `moves`, then the decode rows, then the chunk."""
+
+    releases: tuple[int, ...] = ()
+    moves: tuple[Move, ...] = ()
+    rows: tuple[Row, ...] = ()
+    chunk: Chunk | None = None
+
+    @property
+    def runs(self) -> bool:
+        """Whether a graph runs at all."""
+        return bool(self.rows) or self.chunk is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What the engine made of a plan: a token or a failure for each sample, by request, and where the time went."""
+
+    tokens: Mapping[str, Token]
+    failures: Mapping[str, str]
+    decode_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenEvent:
+    """A request got a token; with `finish` it was the last one.
+
+    `gap_seconds` is the time since its previous token, or since arrival for the first (`is_first`), which also carries
+    the time in the queue and in prefill.
+    """
+
+    request: Request
+    token: Token
+    context_tokens: int
+    is_first: bool
+    gap_seconds: float
+    queue_seconds: float
+    prefill_seconds: float
+    finish: Finish | None
+
+
+@dataclass(frozen=True, slots=True)
+class FailureEvent:
+    """A request ended because the graph failed on it."""
+
+    request: Request
+    message: str
+
+
+Event = TokenEvent | FailureEvent

@@ -1,0 +1,103 @@
+"""Arithmetic of slots and KV memory, over counters alone.
+
+Memory is counted in positions. A held slot has reserved its whole sequence, so nothing admitted can stall. A free slot
+may still have the pages an earlier sequence committed ("resident"): the next one starts faster on them, and they are
+given back when somebody needs the memory or the server has been idle for a while.
+"""
+
+PAGE_POSITIONS = 16
+"""Positions are counted in groups of this many: 16 float32 vectors of width 64 fill one page."""
+
+
+def rounded(positions: int) -> int:
+    """Round positions up to whole groups."""
+    return -(-positions // PAGE_POSITIONS) * PAGE_POSITIONS
+
+
+class SlotLedger:
+    """Who holds which slot, what it reserved, and how much memory is committed in all.
+
+    Invariants: a held slot's resident pages never exceed its reservation, and `committed` never exceeds `budget`.
+
+    Args:
+        num_slots: rows of the state pools.
+        budget: positions that may be committed over all slots together.
+    """
+
+    def __init__(self, num_slots: int, budget: int) -> None:
+        self.budget = budget
+        self._reserved = [0] * num_slots
+        self._resident = [0] * num_slots
+        self._free = set(range(num_slots))
+
+    @property
+    def num_slots(self) -> int:
+        """Rows of the state pools."""
+        return len(self._reserved)
+
+    @property
+    def free(self) -> frozenset[int]:
+        """Slots nobody holds."""
+        return frozenset(self._free)
+
+    @property
+    def reserved(self) -> int:
+        """Positions reserved by all holders together."""
+        return sum(self._reserved)
+
+    @property
+    def committed(self) -> int:
+        """Positions whose memory is, or may come to be, committed."""
+        return sum(max(pair) for pair in zip(self._reserved, self._resident, strict=True))
+
+    def acquire(self, positions: int) -> tuple[int, tuple[int, ...]] | None:
+        """Take the lowest free slot for a sequence, if memory allows; the lowest keeps the decode rows together.
+
+        Returns:
+            The slot, and the slots whose pages must be given back before it is written; None if it does not fit now.
+        """
+        need = rounded(positions)
+        if not self._free or self.reserved + need > self.budget:
+            return None
+        slot = min(self._free)
+        return slot, self._hold(slot, need)
+
+    def move(self, source: int, destination: int) -> tuple[int, ...] | None:
+        """Hand a reservation on to a free slot; the pages of `source` stay resident.
+
+        Returns:
+            The slots whose pages must be given back before the copy; None if both copies do not fit at once.
+        """
+        need = self._reserved[source]
+        if self.reserved + need > self.budget:
+            return None
+        released = self._hold(destination, need)
+        self.give_back(source, need)
+        return released
+
+    def give_back(self, slot: int, written: int) -> None:
+        """Free a slot in which `written` positions were committed."""
+        self._resident[slot] = max(self._resident[slot], rounded(written))
+        self._reserved[slot] = 0
+        self._free.add(slot)
+
+    def release_idle(self) -> tuple[int, ...]:
+        """Give back the pages of every free slot and return those slots."""
+        idle = tuple(slot for slot in sorted(self._free) if self._resident[slot])
+        for slot in idle:
+            self._resident[slot] = 0
+        return idle
+
+    def _hold(self, slot: int, need: int) -> tuple[int, ...]:
+        self._free.remove(slot)
+        self._reserved[slot] = need
+        released = []
+        if self._resident[slot] > need:
+            self._resident[slot] = 0
+            released.append(slot)
+        for victim in sorted(self._free, key=lambda free: -self._resident[free]):
+            if self.committed <= self.budget or not self._resident[victim]:
+                break
+            self._resident[victim] = 0
+            released.append(victim)
+        return tuple(released)
