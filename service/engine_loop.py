@@ -1,8 +1,8 @@
 """One bundle's engine thread, and the streams through which the event loop talks to it.
 
 The event loop submits and cancels; the engine thread owns the scheduler and the engine and runs `schedule`, `execute`,
-`update` for ever; all that a step produced crosses back in one `call_soon_threadsafe`. Neither side waits for the other:
-a stream nobody reads costs its answer's tokens in memory, bounded by max_tokens, and nothing else.
+`update` for ever; all that a step produced crosses back in one `call_soon_threadsafe`. Neither side waits for the
+other: a stream nobody reads costs its answer's tokens in memory, bounded by max_tokens, and nothing else.
 
 Every stream ends in exactly one way: an item with `finish`, an `ExecutionFailed`, or its own `cancel`.
 """

@@ -1,8 +1,8 @@
 """Executes step plans: moves, decode rows, one chunk, then the choice of tokens.
 
-It knows slots, tokens and logits; it knows neither clients nor text. A row on which the graph or the choice fails gets a
-failure of its own: when a step raises, its rows are run again one by one. That is safe because a row only writes at its own
-next positions, and exact because a row alone gives the bits it gives among others.
+It knows slots, tokens and logits; it knows neither clients nor text. A row on which the graph or the choice fails
+gets a failure of its own: when a step raises, its rows are run again one by one. That is safe because a row writes only
+at its own next positions, and exact because a row alone gives the bits it gives among others.
 """
 
 import logging

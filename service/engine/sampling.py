@@ -92,19 +92,23 @@ class Sampler:
         return scores
 
     def _draw(self, scores: NDArray[np.float32], params: SamplingParams, highest: float, position: int) -> int:
-        """Draw from the filtered distribution by its inverse cumulative sum, most likely token first."""
+        """Draw from the filtered distribution by its inverse cumulative sum.
+
+        Filters need the most likely token first; without any the order of the vocabulary serves, unsorted.
+        """
         scaled = self._scores
         np.subtract(scores, np.float32(highest), out=scaled)
         np.divide(scaled, np.float32(params.temperature), out=scaled)  # the most likely token is at 0
-        candidates, total = self._candidates(scaled, params)
-        order = np.lexsort((candidates, -scaled[candidates]))
-        candidates = candidates[order]
-        if params.top_k:
-            candidates = candidates[: params.top_k]
+        top_k = params.top_k if params.top_k < scaled.size else 0
+        candidates, total = self._candidates(scaled, top_k, params)
+        if top_k or params.top_p < 1.0 or params.min_p > 0.0:
+            candidates = candidates[np.lexsort((candidates, -scaled[candidates]))]
+        if top_k:
+            candidates = candidates[:top_k]
         powers = np.exp(scaled[candidates].astype(np.float64))
         cumulative = np.cumsum(powers)
         if params.top_p < 1.0:
-            whole = cumulative[-1] if params.top_k else total
+            whole = cumulative[-1] if top_k else total
             keep = int(np.searchsorted(cumulative, params.top_p * whole)) + 1
             cumulative = cumulative[:keep]
         if params.min_p > 0.0:
@@ -114,9 +118,9 @@ class Sampler:
         return int(candidates[min(int(chosen), len(cumulative) - 1)])
 
     def _candidates(self, scaled: NDArray[np.float32], params: SamplingParams) -> tuple[NDArray[np.int64], float]:
-        """Return a superset of the tokens that pass the filters, and the whole distribution's mass (with top_p only)."""
-        if params.top_k and params.top_k < scaled.size:
-            kth = np.partition(scaled, scaled.size - params.top_k)[scaled.size - params.top_k]
+        """Return a superset of the tokens that pass the filters and, for top_p, the mass of the whole distribution."""
+        if top_k:
+            kth = np.partition(scaled, scaled.size - top_k)[scaled.size - top_k]
             return np.flatnonzero(scaled >= kth), 0.0
         total = 0.0
         if params.top_p < 1.0:

@@ -100,7 +100,7 @@ def _ragged(graph: StepGraph, arrays: _Arrays) -> NDArray[np.float32] | None:
     for slot, (prompt, length) in enumerate(zip(arrays["ragged_prompts"], lengths, strict=True)):
         graph.chunk(slot, [int(token) for token in prompt[:length]], 0)
     steps = np.asarray(arrays["ragged_steps"]).T
-    logits = np.empty((len(steps), len(lengths), graph.vocab_size), np.float32)
+    logits: NDArray[np.float32] = np.empty((len(steps), len(lengths), graph.vocab_size), np.float32)
     for step, tokens in enumerate(steps):
         logits[step] = graph.decode([int(token) for token in tokens], [length + step + 1 for length in lengths])
     return logits

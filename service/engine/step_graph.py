@@ -1,8 +1,8 @@
 """The step graph over slot pools: the one place that enforces what ONNX Runtime does not.
 
-Rules (measured, docs/bundle.md): never no rows (it kills the process); several new tokens and a past only for one row; a
-chunk has its exact length; `total_length` is always the capacity, because equal to the number of new tokens it would mean
-"no row has a past" and destroy one that has; raw addresses do not keep arrays alive, so this object does.
+Rules (measured, docs/bundle.md): never no rows (it kills the process); several new tokens and a past only for one row;
+a chunk has its exact length; `total_length` is always the capacity, because equal to the number of new tokens it would
+mean "no row has a past" and destroy one that has; raw addresses do not keep arrays alive, so this object does.
 
 Axes: rows B, new tokens T, slots S, vocabulary V.
 """
