@@ -117,7 +117,9 @@ class Sampler:
         chosen = np.searchsorted(cumulative, uniform(params.seed, position) * cumulative[-1], side="right")
         return int(candidates[min(int(chosen), len(cumulative) - 1)])
 
-    def _candidates(self, scaled: NDArray[np.float32], params: SamplingParams) -> tuple[NDArray[np.int64], float]:
+    def _candidates(
+        self, scaled: NDArray[np.float32], top_k: int, params: SamplingParams
+    ) -> tuple[NDArray[np.int64], float]:
         """Return a superset of the tokens that pass the filters and, for top_p, the mass of the whole distribution."""
         if top_k:
             kth = np.partition(scaled, scaled.size - top_k)[scaled.size - top_k]

@@ -89,7 +89,8 @@ def mean_log_likelihood(logits: NDArray[np.float32], targets: Sequence[int]) -> 
 
 
 def _one_pass(graph: StepGraph, prompt: Sequence[int]) -> NDArray[np.float32]:
-    return graph.chunk(0, prompt, 0)[0].copy()
+    logits: NDArray[np.float32] = graph.chunk(0, prompt, 0)[0]
+    return logits
 
 
 def _ragged(graph: StepGraph, arrays: _Arrays) -> NDArray[np.float32] | None:
