@@ -1,0 +1,149 @@
+"""What a layer remembers between steps: declared by the layer, held here, obeyed by whoever runs the model.
+
+Shapes: B rows, K key/value heads, T new tokens, C capacity, D head width. A row counts the tokens it has consumed;
+that count is the only source of positions. Nothing is written in place: a step takes a state and returns the next.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+CAPACITY = "capacity"
+"""The axis of an `append` state that grows with the sequence."""
+
+
+class StateRule(StrEnum):
+    """What happens to a state between two steps; the names are those of the bundle manifest."""
+
+    APPEND = "append"
+    """Position p is written at index p of the capacity axis."""
+    RING = "ring"
+    """Position p is written at index p modulo a fixed capacity."""
+    REPLACE = "replace"
+    """The output of one step is the input of the next."""
+    FIXED = "fixed"
+    """Made once for a sequence, only read afterwards."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateSpec:
+    """A layer's declaration of one state: `shape` is that of one row, with `CAPACITY` in an append state.
+
+    With a `window`, positions further behind than that are never read again.
+    """
+
+    name: str
+    rule: StateRule
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if (CAPACITY in self.shape) != (self.rule is StateRule.APPEND):
+            raise ValueError(
+                f"state {self.name}: rule {self.rule} with shape {self.shape}; append states have {CAPACITY!r}"
+            )
+
+    def row_shape(self, capacity: int) -> tuple[int, ...]:
+        """Return the shape of one row in a state that holds `capacity` positions."""
+        return tuple(capacity if size == CAPACITY else int(size) for size in self.shape)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Memory that one more token costs; 0 unless the state is appended to."""
+        size = torch.Size(self.row_shape(1)).numel() * self.dtype.itemsize
+        return size if self.rule is StateRule.APPEND else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """The new tokens of a step: row b brings positions [start_b, start_b + lengths_b), right-padded.
+
+    `start` and `lengths` are int64 of shape (B,), or (1,) where all rows are alike; T is `num_tokens`.
+    """
+
+    start: Tensor
+    lengths: Tensor
+    num_tokens: int
+
+    @classmethod
+    def of(cls, token_ids: Tensor, lengths: Tensor | None = None, start: Tensor | None = None) -> "Chunk":
+        """Describe token_ids (B, T), of which the first `lengths` of each row are real, all by default.
+
+        Raises:
+            ValueError: lengths have another shape than (B,) or lie outside 0..T.
+        """
+        rows, num_tokens = token_ids.shape
+        if lengths is None:
+            lengths = torch.full((1,), num_tokens, dtype=torch.int64, device=token_ids.device)
+        elif lengths.shape != (rows,):
+            raise ValueError(f"lengths has shape {tuple(lengths.shape)}; token_ids has {rows} rows")
+        elif rows and (lengths.min() < 0 or lengths.max() > num_tokens):
+            raise ValueError(f"lengths {lengths.tolist()} must lie in 0..{num_tokens}, the tokens given")
+        return cls(
+            start=torch.zeros_like(lengths) if start is None else start,
+            lengths=lengths.to(torch.int64),
+            num_tokens=num_tokens,
+        )
+
+    @property
+    def positions(self) -> Tensor:
+        """Absolute positions (B or 1, T); those of padding continue the row's."""
+        return self.start[:, None] + self._offsets
+
+    @property
+    def valid(self) -> Tensor:
+        """(B or 1, T) booleans, False for padding."""
+        return self._offsets < self.lengths[:, None]
+
+    @property
+    def _offsets(self) -> Tensor:
+        return torch.arange(self.num_tokens, device=self.lengths.device)
+
+
+def append(past: Tensor, new: Tensor, chunk: Chunk) -> Tensor:
+    """Return `past` (B, K, C, D) with the valid tokens of `new` (B, K, T, D) at each row's next positions."""
+    if chunk.num_tokens == 0:
+        return past
+    capacity = past.shape[2]
+    offset = torch.arange(capacity, device=past.device) - chunk.start[:, None]  # (B or 1, C): index into `new`
+    written = (offset >= 0) & (offset < chunk.lengths[:, None])
+    source = offset.clamp(0, chunk.num_tokens - 1)[:, None, :, None].expand(*new.shape[:2], capacity, new.shape[3])
+    return torch.where(written[:, None, :, None], new.gather(2, source), past)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """All states of a batch: `tensors[name]` is (B, *row shape), `lengths` (B,) int64 tokens consumed."""
+
+    specs: tuple[StateSpec, ...]
+    tensors: dict[str, Tensor]
+    lengths: Tensor
+    capacity: int
+
+    @classmethod
+    def empty(cls, specs: Iterable[StateSpec], rows: int, capacity: int, device: torch.device) -> "State":
+        """Return the state of `rows` empty sequences. Unused slots are zero, never garbage."""
+        specs = tuple(specs)
+        tensors = {
+            spec.name: torch.zeros(rows, *spec.row_shape(capacity), dtype=spec.dtype, device=device) for spec in specs
+        }
+        lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        return cls(specs=specs, tensors=tensors, lengths=lengths, capacity=capacity)
+
+    def advance(self, chunk: Chunk, tensors: dict[str, Tensor]) -> "State":
+        """Return the state after a step that produced `tensors`."""
+        return replace(self, tensors=tensors, lengths=self.lengths + chunk.lengths)
+
+    def select(self, rows: Tensor) -> "State":
+        """Return the state of the given rows: int64 indices, repeats allowed."""
+        tensors = {name: tensor[rows] for name, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors, lengths=self.lengths[rows])
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held by the tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
