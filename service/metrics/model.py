@@ -1,0 +1,144 @@
+"""The metrics of one model: a method for each thing that happens, the labelled children looked up once.
+
+`first_token` and `inter_token` are called for every token, so they cost one bisection, one observation and one
+increment, about a microsecond. All methods may be called from any thread.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from prometheus_client import Histogram
+
+from service.metrics.buckets import SeqBuckets
+
+if TYPE_CHECKING:
+    from service.metrics.catalogue import ServerMetrics
+
+Phase = Literal["prefill", "decode"]
+End = Literal["stop", "eos", "length", "cancelled", "deadline", "error"]
+
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+ENDS: tuple[End, ...] = ("stop", "eos", "length", "cancelled", "deadline", "error")
+TASK = "generate"
+CODES = (
+    "OK",
+    "CANCELLED",
+    "INVALID_ARGUMENT",
+    "DEADLINE_EXCEEDED",
+    "RESOURCE_EXHAUSTED",
+    "UNIMPLEMENTED",
+    "INTERNAL",
+    "UNAVAILABLE",
+)
+REJECTIONS = (
+    "invalid_field",
+    "context_length_exceeded",
+    "unsupported",
+    "queue_full",
+    "server_draining",
+    "model_unavailable",
+)
+
+
+class ModelMetrics:
+    """What is measured of one model; made by `ServerMetrics.model`.
+
+    Args:
+        families: where the children live.
+        model: "name/version".
+        seq_buckets: the lengths that latencies are told apart by.
+    """
+
+    def __init__(self, families: "ServerMetrics", model: str, seq_buckets: SeqBuckets) -> None:
+        self._seq_buckets = seq_buckets
+
+        def by_length(family: Histogram, *labels: str) -> Sequence[Histogram]:
+            return tuple(family.labels(model, *labels, bucket) for bucket in seq_buckets.labels)
+
+        self._time_to_first_token = by_length(families.time_to_first_token)
+        self._inter_token_latency = by_length(families.inter_token_latency)
+        self._request_duration = by_length(families.request_duration, TASK)
+        self._request_queue = by_length(families.request_queue)
+        self._request_prefill = by_length(families.request_prefill)
+        self._step = {phase: families.step.labels(model, phase) for phase in PHASES}
+        self._batch_size = {phase: families.batch_size.labels(model, phase) for phase in PHASES}
+        self._prompt_lengths = families.prompt_tokens.labels(model)
+        self._output_lengths = families.output_tokens.labels(model)
+        self._real_tokens = families.batch_tokens.labels(model, "real")
+        self._padding_tokens = families.batch_tokens.labels(model, "padding")
+        self._prompt_tokens = families.tokens.labels(model, "prompt")
+        self._cached_tokens = families.tokens.labels(model, "prompt_cached")
+        self._output_tokens = families.tokens.labels(model, "output")
+        self._finished = {end: families.finished.labels(model, end) for end in ENDS}
+        self._waiting = families.waiting.labels(model)
+        self._running = families.running.labels(model)
+        self._kv_usage = families.kv_usage.labels(model)
+        self._kv_used = families.kv_tokens.labels(model, "used")
+        self._kv_free = families.kv_tokens.labels(model, "free")
+        self._ready = families.ready.labels(model)
+        self._load_seconds = families.load_seconds.labels(model)
+        self._info = families.model_info
+        self._model = model
+        for code in CODES:
+            families.requests.labels(model, TASK, code)
+        for reason in REJECTIONS:
+            families.rejected.labels(model, reason)
+
+    def first_token(self, prompt_tokens: int, seconds: float) -> None:
+        """A request got its first token, so long after it arrived."""
+        self._time_to_first_token[self._seq_buckets.index(prompt_tokens)].observe(seconds)
+        self._output_tokens.inc()
+
+    def inter_token(self, context_tokens: int, seconds: float, count: int = 1) -> None:
+        """A request got its next token, so long after the one before; `count` such gaps at once."""
+        latency = self._inter_token_latency[self._seq_buckets.index(context_tokens)]
+        for _ in range(count):
+            latency.observe(seconds)
+        self._output_tokens.inc(count)
+
+    def queued(self, prompt_tokens: int, seconds: float) -> None:
+        """A request got a slot, so long after it arrived."""
+        self._request_queue[self._seq_buckets.index(prompt_tokens)].observe(seconds)
+
+    def prefilled(self, prompt_tokens: int, seconds: float, cached_tokens: int = 0) -> None:
+        """A prompt was computed, all but the cached tokens of it."""
+        self._request_prefill[self._seq_buckets.index(prompt_tokens)].observe(seconds)
+        self._prompt_tokens.inc(prompt_tokens - cached_tokens)
+        self._cached_tokens.inc(cached_tokens)
+
+    def step(self, phase: Phase, rows: int, real_tokens: int, padding_tokens: int, seconds: float) -> None:
+        """The graph ran once over `rows` sequences."""
+        self._step[phase].observe(seconds)
+        self._batch_size[phase].observe(rows)
+        self._real_tokens.inc(real_tokens)
+        self._padding_tokens.inc(padding_tokens)
+
+    def occupancy(self, waiting: int, running: int, kv_tokens_used: int, kv_tokens_total: int) -> None:
+        """What is held now: requests, and tokens of the KV budget."""
+        self._waiting.set(waiting)
+        self._running.set(running)
+        self._kv_usage.set(kv_tokens_used / kv_tokens_total if kv_tokens_total else 0.0)
+        self._kv_used.set(kv_tokens_used)
+        self._kv_free.set(kv_tokens_total - kv_tokens_used)
+
+    def succeeded(self, end: End, prompt_tokens: int, output_tokens: int, seconds: float) -> None:
+        """A request ended well, so long after it arrived."""
+        self._finished[end].inc()
+        self._request_duration[self._seq_buckets.index(prompt_tokens)].observe(seconds)
+        self._prompt_lengths.observe(prompt_tokens)
+        self._output_lengths.observe(output_tokens)
+
+    def failed(self, end: End) -> None:
+        """An accepted request ended otherwise."""
+        self._finished[end].inc()
+
+    def loaded(self, seconds: float, *, sha256: str, family: str, precision: str, target: str) -> None:
+        """The model is served from now on."""
+        name, _, version = self._model.partition("/")
+        self._info.labels(self._model, name, version, sha256, family, precision, target).set(1)
+        self._load_seconds.set(seconds)
+        self._ready.set(1)
+
+    def unavailable(self) -> None:
+        """The model is not served any more."""
+        self._ready.set(0)
