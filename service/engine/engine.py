@@ -19,7 +19,6 @@ from service.scheduling.request import Token
 
 logger = logging.getLogger(__name__)
 
-# A plain greedy choice is made for all rows at once.
 _Logits = NDArray[np.float32]
 
 
@@ -95,18 +94,8 @@ class Engine:
         self, logits: _Logits, best: int, sample: Sample, tokens: dict[str, Token], failures: dict[str, str]
     ) -> None:
         request = sample.request
-        params = request.sampling
-        is_plain = (
-            params.is_greedy
-            and not params.adjusts_logits
-            and not request.logprobs
-            and sample.num_output >= request.min_tokens
-        )
         try:
-            if is_plain and np.isfinite(logits[best]):
-                tokens[request.request_id] = Token(best)
-            else:
-                tokens[request.request_id] = self._sampler.choose(logits, sample)
+            tokens[request.request_id] = self._sampler.choose(logits, best, sample)
         except NotFinite as error:
             logger.error("request %s: %s", request.request_id, error)
             failures[request.request_id] = str(error)

@@ -1,8 +1,8 @@
 """Choosing the next token from a row of logits.
 
 Every choice is a function of the row, the request and the position alone: one row at a time, one uniform number a
-position, so neither neighbours nor load can change it. The vocabulary is never sorted: the tokens that can be in the
-nucleus are found by thresholds first, and only they are.
+position, so neither neighbours nor load can change it. The vocabulary is never sorted: the tokens that can pass the
+filters are found by a bound first, and only their probabilities are sorted.
 
 Axes: vocabulary V.
 """
@@ -14,8 +14,7 @@ from service.scheduling.plan import Sample
 from service.scheduling.request import SamplingParams, Token
 
 _MASK = (1 << 64) - 1
-# exp(-4), exp(-8), ... below the most likely token: nearly every nucleus lies above the first or second.
-_THRESHOLDS = (4.0, 8.0, 12.0, 16.0)
+_BLOCK = 256
 
 
 class NotFinite(ArithmeticError):
@@ -45,26 +44,31 @@ class Sampler:
 
     def __init__(self, vocab_size: int) -> None:
         self._scores = np.empty(vocab_size, np.float32)
-        self._powers = np.empty(vocab_size, np.float32)
+        blocks = -(-vocab_size // _BLOCK)
+        self._blocks = np.zeros((blocks, _BLOCK), np.float32)  # what is past the vocabulary stays zero
+        self._powers = self._blocks.reshape(-1)[:vocab_size]
 
-    def choose(self, logits: NDArray[np.float32], sample: Sample) -> Token:
+    def choose(self, logits: NDArray[np.float32], best: int, sample: Sample) -> Token:
         """Choose a token from one row of logits [V], which is left as it is.
+
+        Args:
+            logits: the row.
+            best: index of its largest element, or of a NaN (as numpy's argmax has it).
+            sample: what to choose for.
 
         Raises:
             NotFinite: the row holds NaN or positive infinity.
         """
-        best = int(logits.argmax())  # numpy puts NaN first
         if not np.isfinite(logits[best]):
             raise NotFinite(f"logits at position {sample.position} are not finite")
         request = sample.request
         params = request.sampling
         suppresses = sample.num_output < request.min_tokens
+        scores = logits
         if params.adjusts_logits or suppresses:
             scores = self._adjusted(logits, sample, suppresses=suppresses)
             best = int(scores.argmax())
-        else:
-            scores = logits
-        token_id = best if params.is_greedy else self._draw(scores, params, float(scores[best]), sample.position)
+        token_id = best if params.is_greedy else self._draw(scores, best, params, sample.position)
         if not request.logprobs:
             return Token(token_id)
         return self._with_logprobs(logits, token_id, request.top_logprobs)
@@ -91,57 +95,60 @@ class Sampler:
             scores[list(request.eos_token_ids | request.stop_token_ids)] = -np.inf
         return scores
 
-    def _draw(self, scores: NDArray[np.float32], params: SamplingParams, highest: float, position: int) -> int:
+    def _draw(self, scores: NDArray[np.float32], best: int, params: SamplingParams, position: int) -> int:
         """Draw from the filtered distribution by its inverse cumulative sum.
 
-        Filters need the most likely token first; without any the order of the vocabulary serves, unsorted.
+        With filters the sum runs from the most likely token down; without any, in the order of the vocabulary.
         """
-        scaled = self._scores
-        np.subtract(scores, np.float32(highest), out=scaled)
-        np.divide(scaled, np.float32(params.temperature), out=scaled)  # the most likely token is at 0
-        top_k = params.top_k if params.top_k < scaled.size else 0
-        candidates, total = self._candidates(scaled, top_k, params)
-        if top_k or params.top_p < 1.0 or params.min_p > 0.0:
-            candidates = candidates[np.lexsort((candidates, -scaled[candidates]))]
-        if top_k:
-            candidates = candidates[:top_k]
-        powers = np.exp(scaled[candidates].astype(np.float64))
-        cumulative = np.cumsum(powers)
+        powers = self._powers
+        np.subtract(scores, scores[best], out=self._scores)
+        np.multiply(self._scores, np.float32(1.0 / params.temperature), out=self._scores)
+        np.exp(self._scores, out=powers)  # probabilities in units of the highest
+        number = uniform(params.seed, position)
+        top_k = params.top_k if params.top_k < powers.size else 0
+        if not (top_k or params.top_p < 1.0 or params.min_p > 0.0):
+            return self._draw_unfiltered(number)
+        candidates = np.flatnonzero(powers >= self._lowest(top_k, params))
+        ranked = np.sort(powers[candidates])[::-1]
+        kept = ranked[:top_k] if top_k else ranked
+        cumulative = np.cumsum(kept, dtype=np.float64)
         if params.top_p < 1.0:
-            whole = cumulative[-1] if top_k else total
-            keep = int(np.searchsorted(cumulative, params.top_p * whole)) + 1
-            cumulative = cumulative[:keep]
+            whole = cumulative[-1] if top_k else float(powers.sum())
+            cumulative = cumulative[: int(np.searchsorted(cumulative, params.top_p * whole)) + 1]
         if params.min_p > 0.0:
-            keep = int(np.searchsorted(-powers[: len(cumulative)], -params.min_p, side="right"))
-            cumulative = cumulative[: max(keep, 1)]
-        chosen = np.searchsorted(cumulative, uniform(params.seed, position) * cumulative[-1], side="right")
-        return int(candidates[min(int(chosen), len(cumulative) - 1)])
+            cumulative = cumulative[: int(np.count_nonzero(kept[: cumulative.size] >= np.float32(params.min_p)))]
+        rank = _invert(cumulative, number)
+        # Equally likely tokens rank in the order of the vocabulary.
+        ties_before = rank - int(np.searchsorted(-ranked, -ranked[rank]))
+        return int(candidates[np.flatnonzero(powers[candidates] == ranked[rank])[ties_before]])
 
-    def _candidates(
-        self, scaled: NDArray[np.float32], top_k: int, params: SamplingParams
-    ) -> tuple[NDArray[np.int64], float]:
-        """Return a superset of the tokens that pass the filters and, for top_p, the mass of the whole distribution."""
+    def _draw_unfiltered(self, number: float) -> int:
+        """Invert the cumulative sum of the whole vocabulary: of its blocks first, then inside one."""
+        cumulative = np.cumsum(self._blocks.sum(axis=1), dtype=np.float64)
+        block = _invert(cumulative, number)
+        before = cumulative[block - 1] if block else 0.0
+        inside = before + np.cumsum(self._blocks[block], dtype=np.float64)
+        index = int(np.searchsorted(inside, number * cumulative[-1], side="right"))
+        # Rounding may leave the number behind the block's own sum: then its last token of any weight is meant.
+        return block * _BLOCK + min(index, int(np.flatnonzero(self._blocks[block])[-1]))
+
+    def _lowest(self, top_k: int, params: SamplingParams) -> float:
+        """Return a power that every token that passes the filters has."""
+        powers = self._powers
         if top_k:
-            kth = np.partition(scaled, scaled.size - top_k)[scaled.size - top_k]
-            return np.flatnonzero(scaled >= kth), 0.0
-        total = 0.0
+            return float(np.partition(powers, powers.size - top_k)[powers.size - top_k])
+        lowest = params.min_p
         if params.top_p < 1.0:
-            np.exp(scaled, out=self._powers)
-            total = float(self._powers.sum(dtype=np.float64))
-            for threshold in _THRESHOLDS:
-                candidates = np.flatnonzero(scaled >= -threshold)
-                if float(self._powers[candidates].sum(dtype=np.float64)) >= params.top_p * total:
-                    return candidates, total
-        elif params.min_p > 0.0:
-            return np.flatnonzero(scaled >= np.float32(np.log(params.min_p)) - np.float32(1e-3)), total
-        return np.flatnonzero(scaled > -np.inf), total
+            # All tokens below this share of the whole have together less than 1 - top_p of it.
+            lowest = max(lowest, (1.0 - params.top_p) * float(powers.sum()) / powers.size)
+        return min(lowest, 1.0)
 
     def _with_logprobs(self, logits: NDArray[np.float32], token_id: int, num_top: int) -> Token:
         scores = self._scores
         highest = logits.max()
         np.subtract(logits, highest, out=scores)
         np.exp(scores, out=self._powers)
-        log_total = float(np.log(self._powers.sum(dtype=np.float64)))
+        log_total = float(np.log(self._powers.sum()))
         top: tuple[tuple[int, float], ...] = ()
         if num_top:
             kth = np.partition(scores, scores.size - num_top)[scores.size - num_top]
@@ -149,3 +156,9 @@ class Sampler:
             likely = likely[np.lexsort((likely, -scores[likely]))][:num_top]
             top = tuple((int(other), float(scores[other]) - log_total) for other in likely)
         return Token(token_id, float(scores[token_id]) - log_total, top)
+
+
+def _invert(cumulative: NDArray[np.float64], number: float) -> int:
+    """Return the first index whose cumulative sum exceeds `number` of the whole."""
+    index = int(np.searchsorted(cumulative, number * cumulative[-1], side="right"))
+    return min(index, cumulative.size - 1)

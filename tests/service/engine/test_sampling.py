@@ -9,9 +9,13 @@ from hypothesis import strategies as st
 
 from service.engine.sampling import NotFinite, Sampler, uniform
 from service.scheduling.plan import Sample
-from service.scheduling.request import Request, SamplingParams
+from service.scheduling.request import Request, SamplingParams, Token
 
 V = 300
+
+
+def choose(logits: np.ndarray, wanted: Sample, sampler: Sampler | None = None) -> Token:
+    return (sampler or Sampler(len(logits))).choose(logits, int(logits.argmax()), wanted)
 
 
 def sample(params: SamplingParams, position: int = 5, output: tuple[int, ...] = (), **fields: object) -> Sample:
@@ -69,7 +73,7 @@ def test_the_draw_is_the_one_of_the_sorted_distribution(
 ) -> None:
     logits = (np.random.default_rng(seed).standard_normal(V) * spread).astype(np.float32)
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    token = Sampler(V).choose(logits, sample(params, position)).token_id
+    token = choose(logits, sample(params, position)).token_id
     expected, edge = oracle_draw(oracle_distribution(logits, params), uniform(seed, position))
     # Where the number falls on an edge of the cumulative sum, rounding may decide.
     assert token == expected or edge < 1e-5
@@ -79,7 +83,7 @@ def test_samples_follow_the_distribution() -> None:
     logits = np.array([2.0, 1.0, 0.0, -1.0, -9.0], np.float32)
     params = SamplingParams(temperature=0.7, top_p=0.97, seed=11)
     sampler = Sampler(5)
-    draws = [sampler.choose(logits, sample(params, position)).token_id for position in range(20_000)]
+    draws = [choose(logits, sample(params, position), sampler).token_id for position in range(20_000)]
     for token, probability in oracle_distribution(logits, params).items():
         error = math.sqrt(probability * (1 - probability) / len(draws))
         assert abs(draws.count(token) / len(draws) - probability) < 4 * error
@@ -98,7 +102,7 @@ def test_uniform_numbers_are_uniform_and_depend_on_every_argument() -> None:
 def test_greedy_takes_the_most_likely_token_and_the_first_of_equals() -> None:
     logits = np.zeros(V, np.float32)
     logits[[40, 90]] = 5.0
-    assert Sampler(V).choose(logits, sample(SamplingParams(temperature=0.0))).token_id == 40
+    assert choose(logits, sample(SamplingParams(temperature=0.0))).token_id == 40
 
 
 def test_a_choice_depends_on_the_row_alone() -> None:
@@ -109,8 +113,8 @@ def test_a_choice_depends_on_the_row_alone() -> None:
     shared = Sampler(V)
     for row in rows:
         before = row.copy()
-        shared.choose(rows[(int(row[0] * 100)) % 7], sample(params))
-        assert shared.choose(row, wanted) == Sampler(V).choose(row.copy(), wanted)
+        choose(rows[(int(row[0] * 100)) % 7], sample(params), shared)
+        assert choose(row, wanted, shared) == choose(row.copy(), wanted)
         assert np.array_equal(row, before)
 
 
@@ -120,7 +124,7 @@ def test_penalties_and_bias_change_logits_as_documented() -> None:
 
     def best(params: SamplingParams, output: tuple[int, ...]) -> int:
         request = Request(request_id="r", sampling=params, **base)
-        return Sampler(5).choose(logits, Sample(request, 0, len(output), output)).token_id
+        return choose(logits, Sample(request, 0, len(output), output)).token_id
 
     assert best(SamplingParams(temperature=0, repetition_penalty=3.0), (0,)) == 2
     assert best(SamplingParams(temperature=0, presence_penalty=0.4), (0,)) == 0
@@ -136,15 +140,15 @@ def test_end_tokens_are_suppressed_until_min_tokens() -> None:
     logits = np.array([5.0, 4.0, 3.0], np.float32)
     params = SamplingParams(temperature=0.0)
     fields = {"min_tokens": 2, "eos_token_ids": frozenset({0}), "stop_token_ids": frozenset({1})}
-    assert Sampler(3).choose(logits, sample(params, **fields)).token_id == 2
-    assert Sampler(3).choose(logits, sample(params, output=(2, 2), **fields)).token_id == 0
+    assert choose(logits, sample(params, **fields)).token_id == 2
+    assert choose(logits, sample(params, output=(2, 2), **fields)).token_id == 0
 
 
 def test_logprobs_are_those_of_the_unmodified_distribution() -> None:
     logits = (np.random.default_rng(1).standard_normal(V) * 2).astype(np.float32)
     exact = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum())
     params = SamplingParams(temperature=0.5, top_k=3, logit_bias=((7, 50.0),), seed=1)
-    token = Sampler(V).choose(logits, sample(params, logprobs=True, top_logprobs=4))
+    token = choose(logits, sample(params, logprobs=True, top_logprobs=4))
     assert token.token_id == 7
     assert token.logprob == pytest.approx(exact[7], abs=1e-5)
     best = np.argsort(-exact)[:4]
@@ -157,4 +161,4 @@ def test_logits_that_are_not_finite_are_an_error(value: float) -> None:
     logits = np.zeros(V, np.float32)
     logits[17] = value
     with pytest.raises(NotFinite):
-        Sampler(V).choose(logits, sample(SamplingParams()))
+        choose(logits, sample(SamplingParams()))
