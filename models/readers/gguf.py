@@ -97,7 +97,7 @@ def _translate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         top = re.fullmatch(r"(\w+)\.(weight|bias)", name)
         if layer and layer[2] == "attn_qkv":
             for part, values in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                weights[f"layers.{layer[1]}.attention.{part}.{layer[3]}"] = values
+                weights[f"layers.{layer[1]}.attention.{part}.{layer[3]}"] = values.clone()
         elif layer and layer[2] in _LAYER_MODULES:
             weights[f"layers.{layer[1]}.{_LAYER_MODULES[layer[2]]}.{layer[3]}"] = tensor
         elif top and top[1] in _MODULES:
