@@ -14,7 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attendant.bundle import CAPACITY, Manifest, StateRule, StateSpec
+from service.scheduling.slots import PAGE_POSITIONS, rounded
 
+# The golden run and the self-test need rows of this length.
+_CHECKED_POSITIONS = 256
 _MAP_NORESERVE = 0x4000  # Linux: address space is not counted as memory
 
 
@@ -69,14 +72,15 @@ def pool_size(manifest: Manifest, kv_memory: int) -> PoolSize:
     """Divide `kv_memory` bytes into positions; a slot never needs more than the model's own limit.
 
     Raises:
-        ValueError: the memory does not hold even 16 positions.
+        ValueError: the memory does not hold the load-time checks.
     """
     per_position = sum(
         math.prod(axis for axis in state.axes if isinstance(axis, int)) * np.dtype(state.dtype.value).itemsize
         for state in manifest.states
         if state.rule is StateRule.APPEND
     )
-    budget = kv_memory // per_position // 16 * 16
-    if budget < 16:
-        raise ValueError(f"kv_memory is {kv_memory} bytes, must be at least {16 * per_position} for {manifest.key}")
+    budget = kv_memory // per_position // PAGE_POSITIONS * PAGE_POSITIONS
+    least = min(_CHECKED_POSITIONS, rounded(manifest.limits.max_model_len))
+    if budget < least:
+        raise ValueError(f"kv_memory is {kv_memory} bytes, must be at least {least * per_position} for {manifest.key}")
     return PoolSize(min(manifest.limits.max_model_len, budget), budget, per_position)

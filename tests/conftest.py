@@ -1,0 +1,79 @@
+"""Small real bundles that every room's tests may serve."""
+
+from pathlib import Path
+
+import pytest
+
+TINY_LENGTH = 288
+
+
+@pytest.fixture(scope="session")
+def tiny_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with the bundles tiny-fp32/1 and tiny-int8/1: one random decoder, exported as any other is."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from export.bundle import Target, export_bundle
+    from export.text import QUALITY
+    from models.checkpoint import TokenizerInfo, TrainedModel
+    from models.decoder import Decoder, DecoderConfig
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train([str(QUALITY)], trainer)
+    torch.manual_seed(0)
+    decoder = Decoder(
+        DecoderConfig(
+            vocab_size=tokenizer.get_vocab_size(),
+            d_model=48,
+            num_layers=3,
+            num_heads=6,
+            num_kv_heads=2,
+            head_dim=16,
+            d_ff=96,
+            max_model_len=TINY_LENGTH,
+            positions="rotary",
+            norm="rms",
+            norm_eps=1e-5,
+            activation="swiglu",
+            bias="none",
+            tie_embeddings=False,
+        )
+    )
+    template = (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    model = TrainedModel(
+        decoder=decoder.eval(),
+        tokenizer=TokenizerInfo(
+            json=tokenizer.to_str(),
+            bos_token_id=0,
+            eos_token_ids=(2,),
+            pad_token_id=2,
+            add_bos=False,
+            chat_template=template,
+        ),
+        source="random weights",
+        licence="Apache-2.0",
+    )
+    repository = tmp_path_factory.mktemp("bundles")
+    for precision in ("fp32", "int8"):
+        target = Target(repository=repository, name=f"tiny-{precision}", version=1)
+        export_bundle(model, target, precision=precision, report=lambda line: None)
+    return repository
+
+
+@pytest.fixture(scope="session")
+def smollm2_repository() -> Path:
+    """The repository that `make bundles` writes."""
+    repository = Path(__file__).parents[1] / "build" / "bundles"
+    if not (repository / "smollm2-135m" / "1" / "manifest.json").is_file():
+        pytest.fail("the SmolLM2 bundles are missing: run `make bundles`, as `make test` does")
+    return repository
