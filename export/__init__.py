@@ -1,0 +1,1 @@
+"""Trained decoder in, certified bundle out: ONNX graphs, quantisation, the parity certificate and the golden run."""

@@ -1,0 +1,165 @@
+"""The checks that let a bundle be written: the graph, as ONNX Runtime runs it, against the PyTorch decoder.
+
+Errors are max |a - b| / max |a| over all logits of a check. A check is a measurement; whoever asks decides what a
+failure means. A row of the KV cache holds `capacity` tokens; what is longer is left out of a grid.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from attendant.bundle import Check
+from export.runner import Runner
+from models.decoder import Decoder
+
+PARITY_BOUND = 1e-4
+GREEDY_MARGIN = 1e-3
+NUM_ROWS = 8
+_LENGTHS = (2, 3, 17, 64, 191)
+_PASTS = (1, 2, 16, 63, 128)
+_CHUNKS = (2, 5, 32)
+_BATCHES = (1, 2, 5, 8)
+_STEPS = 24
+
+Tokens = NDArray[np.int64]
+
+
+class Oracle:
+    """The decoder without a cache: logits of every position, from the whole text."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+
+    def logits(self, text: Tokens) -> NDArray[np.float32]:
+        """Return logits [N, V] of a text [N]."""
+        with torch.no_grad():
+            return self._decoder(torch.from_numpy(text)[None])[0].numpy()
+
+
+def relative_error(measured: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """Return max |a - b| / max |a|, or infinity where anything is not finite."""
+    error = np.abs(measured - expected).max() / np.abs(expected).max()
+    return float(error) if np.isfinite(error) else float("inf")
+
+
+def parity_checks(runner: Runner, oracle: Oracle, text: Tokens) -> Iterator[Check]:
+    """Compare a float graph with the oracle over lengths, pasts, batches and single steps.
+
+    Args:
+        runner: of the graph, with at least `NUM_ROWS` rows.
+        oracle: of the same weights.
+        text: token ids, longer than the runner's capacity plus `NUM_ROWS`.
+    """
+    capacity = runner.capacity
+    lengths = [length for length in _LENGTHS if length <= capacity]
+    expected = oracle.logits(text[: min(capacity, max(_LENGTHS))])
+    measured = [runner.all_logits(text[:length]) for length in lengths]
+    yield Check(
+        name="one pass",
+        measured=max(relative_error(logits, expected[: len(logits)]) for logits in measured),
+        bound=PARITY_BOUND,
+        grid=f"1 row, {lengths} new tokens, no past",
+    )
+    top = np.sort(expected, axis=1)[:, -2:]
+    decided = (top[:, 1] - top[:, 0] > GREEDY_MARGIN)[: lengths[-1]]
+    differs = measured[-1].argmax(1) != expected[: lengths[-1]].argmax(1)
+    yield Check(
+        name="greedy tokens that differ",
+        measured=float((differs & decided).sum()),
+        bound=0,
+        grid=f"{decided.sum()} positions where the best token leads by more than {GREEDY_MARGIN:g}",
+    )
+    pairs = [(past, new) for past in _PASTS for new in _CHUNKS if past + new <= min(capacity, len(expected))]
+    yield Check(
+        name="chunk after a past",
+        measured=max((_chunk_error(runner, text, past, new, expected) for past, new in pairs), default=0.0),
+        bound=PARITY_BOUND,
+        grid=f"1 row, (past, new tokens) in {pairs}",
+    )
+    steps = min(_STEPS, capacity)
+    one_by_one = [runner.step(text[None, at : at + 1], [at + 1])[0] for at in range(steps)]
+    yield Check(
+        name="token by token",
+        measured=relative_error(np.stack(one_by_one), expected[:steps]),
+        bound=PARITY_BOUND,
+        grid=f"1 row, {steps} steps from an empty cache",
+    )
+    yield _ragged_check(runner, oracle, text)
+
+
+def invariance_checks(runner: Runner, text: Tokens) -> Iterator[Check]:
+    """Count the logits whose bits depend on the neighbours in a batch, or on how a prompt was cut into chunks."""
+    length = min(runner.capacity, max(_LENGTHS))
+    whole = runner.all_logits(text[:length])
+    cuts = [cut for cut in (2, 3, 16, 37, 64) if cut <= length - 2]
+    differing = 0
+    for cut in cuts:
+        position = 0
+        for size in chunk_sizes(length, cut):
+            end = position + size
+            logits = runner.step(text[None, position:end], [end], np.arange(size), first_row=1)
+            differing += int((logits != whole[position:end]).sum())
+            position = end
+    yield Check(
+        name="logits that depend on chunking",
+        measured=float(differing),
+        bound=0,
+        grid=f"{length} tokens in one pass and in chunks of {cuts}",
+    )
+    lengths = _ragged_lengths(runner.capacity)
+    differing = 0
+    for num_rows in _BATCHES[1:]:
+        for row in range(num_rows):
+            runner.prefill(text[row : row + lengths[row]], row=row)
+        tokens, after = text[:num_rows, None], lengths[:num_rows] + 1
+        together = runner.step(tokens, after)
+        for row in range(num_rows):
+            alone = runner.step(tokens[row : row + 1], after[row : row + 1], first_row=row)[0]
+            differing += int((alone != together[row]).sum())
+    yield Check(
+        name="logits that depend on neighbours",
+        measured=float(differing),
+        bound=0,
+        grid=f"batches of {list(_BATCHES[1:])} rows of {lengths.min()} to {lengths.max()} tokens, each row also alone",
+    )
+
+
+def chunk_sizes(length: int, size: int) -> Sequence[int]:
+    """Cut `length` into chunks of `size` with no chunk of one token: a last single token joins its neighbour."""
+    full, rest = divmod(length, size)
+    if rest == 1:
+        return [*[size] * (full - 1), size + 1]
+    return [*[size] * full, *([rest] if rest else [])]
+
+
+def _chunk_error(runner: Runner, text: Tokens, past: int, new: int, expected: NDArray[np.float32]) -> float:
+    runner.prefill(text[:past])
+    logits = runner.step(text[None, past : past + new], [past + new], np.arange(new))
+    return relative_error(logits, expected[past : past + new])
+
+
+def _ragged_lengths(capacity: int) -> Tokens:
+    """Return `NUM_ROWS` different past lengths that leave room for three more tokens."""
+    longest = min(capacity - 3, max(_LENGTHS) - 3)
+    return np.unique(np.linspace(1, longest, NUM_ROWS).astype(np.int64))[::-1].copy()
+
+
+def _ragged_check(runner: Runner, oracle: Oracle, text: Tokens) -> Check:
+    """Decode rows of different lengths together and compare every row with the oracle."""
+    lengths, steps, worst = _ragged_lengths(runner.capacity), 3, 0.0
+    expected = [oracle.logits(text[row : row + length + steps])[length:] for row, length in enumerate(lengths)]
+    for num_rows in _BATCHES:
+        for row, length in enumerate(lengths[:num_rows]):
+            runner.prefill(text[row : row + length], row=row)
+        for step in range(steps):
+            tokens = [[text[row + length + step]] for row, length in enumerate(lengths[:num_rows])]
+            logits = runner.step(tokens, lengths[:num_rows] + step + 1)
+            worst = max(worst, *(relative_error(logits[row], expected[row][step]) for row in range(num_rows)))
+    return Check(
+        name="ragged decode",
+        measured=worst,
+        bound=PARITY_BOUND,
+        grid=f"{list(_BATCHES)} rows, pasts {lengths.tolist()}, {steps} forced tokens",
+    )

@@ -1,0 +1,64 @@
+"""The golden run: what the service replays before it serves. Arrays and their meaning: docs/bundle.md."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attendant.bundle import Golden
+from attendant.processor import processor_features
+from export.likelihood import log_likelihoods
+from export.runner import Runner
+
+FILE = "golden.npz"
+BOUND = 1e-4
+LOG_LIKELIHOOD_BOUND = {"fp32": 1e-3, "int8": 5e-2}
+_NUM_ROWS, _NUM_STEPS = 4, 4
+_PROMPT_LEN, _TEXT_LEN = 96, 128
+
+
+def record_golden(runner: Runner, text: NDArray[np.int64], precision: str, directory: Path) -> Golden:
+    """Run the graph on the beginning of `text` and write golden.npz.
+
+    Args:
+        runner: with at least four rows.
+        text: token ids, at least as many as a sequence may have or 256.
+        precision: of the graph; integer graphs are replayed bit for bit.
+        directory: the bundle.
+    """
+    prompt = text[: min(_PROMPT_LEN, runner.capacity - _NUM_STEPS)]
+    chunks = _uneven_chunks(len(prompt))
+    lengths = np.array([len(prompt) * (row + 1) // _NUM_ROWS for row in range(_NUM_ROWS)])
+    ragged = np.zeros((_NUM_ROWS, len(prompt)), np.int64)
+    steps = np.zeros((_NUM_ROWS, _NUM_STEPS), np.int64)
+    for row, length in enumerate(lengths):
+        ragged[row, :length] = text[row : row + length]
+        steps[row] = text[row + length : row + length + _NUM_STEPS]
+        runner.prefill(ragged[row, :length], row=row)
+    ragged_logits = [runner.step(steps[:, [step]], lengths + step + 1) for step in range(_NUM_STEPS)]
+    sample = text[: min(_TEXT_LEN, runner.capacity)]
+    np.savez(
+        directory / FILE,
+        prompt=prompt,
+        prompt_logits=runner.prefill(prompt),
+        chunks=chunks,
+        ragged_prompts=ragged,
+        ragged_lengths=lengths.astype(np.int64),
+        ragged_steps=steps,
+        ragged_logits=np.stack(ragged_logits),
+        text=sample,
+        text_log_likelihood=log_likelihoods(runner.all_logits(sample), sample).mean(),
+    )
+    return Golden(
+        file=FILE,
+        bound=BOUND,
+        log_likelihood_bound=LOG_LIKELIHOOD_BOUND[precision],
+        bitwise=precision == "int8",
+        bitwise_on=processor_features(),
+    )
+
+
+def _uneven_chunks(length: int) -> NDArray[np.int64]:
+    """Split `length` into chunks of different sizes, none of them one token."""
+    first, second = max(2, length // 2 - 1), max(2, length // 5)
+    return np.array([first, second, length - first - second], np.int64)

@@ -1,0 +1,48 @@
+"""How likely a model finds a text: the measure of what quantisation costs.
+
+N tokens, V vocabulary. Texts are cut into windows that know nothing of each other, so that every runtime sees exactly
+the same context.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from attendant.bundle import Quality
+
+LogitsOf = Callable[[NDArray[np.int64]], NDArray[np.float32]]
+
+
+def log_likelihoods(logits: NDArray[np.float32], text: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the natural log-likelihoods [N - 1] of text[1:] under logits [N, V] of every position of `text`."""
+    scores = torch.from_numpy(logits)[: len(text) - 1]
+    loss = torch.nn.functional.cross_entropy(scores, torch.from_numpy(text)[1:], reduction="none")
+    return -loss.double().numpy()
+
+
+def text_log_likelihoods(
+    logits_of: LogitsOf, text: NDArray[np.int64], *, window: int, num_tokens: int
+) -> NDArray[np.float64]:
+    """Return the log-likelihoods of at most `num_tokens` predictions in windows of `window` predictions each."""
+    num_windows = min(num_tokens // window, (len(text) - 1) // window)
+    parts = [text[start * window : (start + 1) * window + 1] for start in range(num_windows)]
+    return np.concatenate([log_likelihoods(logits_of(part), part) for part in parts])
+
+
+def compare_quality(
+    reference: NDArray[np.float64], quantised: NDArray[np.float64], *, text: str, bound: float
+) -> Quality:
+    """Return the perplexities of two models on the same predictions, and the difference with its standard error."""
+    loss = reference - quantised
+    ratio = float(np.exp(loss.mean()))
+    return Quality(
+        perplexity=float(np.exp(-quantised.mean())),
+        reference_perplexity=float(np.exp(-reference.mean())),
+        relative_increase=ratio - 1,
+        standard_error=ratio * float(loss.std(ddof=1)) / len(loss) ** 0.5,
+        num_tokens=len(loss),
+        text=text,
+        bound=bound,
+    )

@@ -1,0 +1,57 @@
+"""Writing a step graph as ONNX, with the tensor names of docs/bundle.md."""
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from export.graph import StepGraph
+
+OPSET = 23
+_EXAMPLE_ROWS, _EXAMPLE_TOKENS, _EXAMPLE_CAPACITY, _EXAMPLE_LOGIT_ROWS = 2, 3, 5, 4
+
+
+def state_names(prefix: str, num_layers: int) -> list[str]:
+    """Return the names of all keys and values, layer by layer: "past.0.key", "past.0.value", ..."""
+    return [f"{prefix}.{layer}.{part}" for layer in range(num_layers) for part in ("key", "value")]
+
+
+def write_onnx(graph: StepGraph, path: Path) -> None:
+    """Write `graph` to `path`, and its weights beside it to `path` + ".data"."""
+    config = graph.config
+    axes = {name: torch.export.Dim(name, min=1) for name in ("rows", "tokens", "capacity", "logit_rows")}
+    cache = torch.zeros(_EXAMPLE_ROWS, config.num_kv_heads, _EXAMPLE_CAPACITY, config.head_dim)
+    example: tuple[Tensor | list[tuple[Tensor, Tensor]], ...] = (
+        torch.zeros(_EXAMPLE_ROWS, _EXAMPLE_TOKENS, dtype=torch.int64),
+        torch.full((_EXAMPLE_ROWS,), _EXAMPLE_TOKENS, dtype=torch.int32),
+        torch.tensor(_EXAMPLE_CAPACITY, dtype=torch.int32),
+        torch.arange(_EXAMPLE_LOGIT_ROWS),
+        [(cache.clone(), cache.clone()) for _ in range(config.num_layers)],
+    )
+    state = {0: axes["rows"], 2: axes["capacity"]}
+    shapes = (
+        {0: axes["rows"], 1: axes["tokens"]},
+        {0: axes["rows"]},
+        {},
+        {0: axes["logit_rows"]},
+        [(state, state) for _ in range(config.num_layers)],
+    )
+    with warnings.catch_warnings():
+        # PyTorch about itself: a deprecated pickle hook, and inputs that share an axis name.
+        warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)`", FutureWarning)
+        warnings.filterwarnings("ignore", "# The axis name: .* will not be used", UserWarning)
+        program = torch.onnx.export(
+            graph.eval(),
+            example,
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=shapes,
+            input_names=[
+                *("token_ids", "lengths", "total_length", "logits_index"),
+                *state_names("past", config.num_layers),
+            ],
+            output_names=["logits", *state_names("present", config.num_layers)],
+            verbose=False,
+        )
+    program.save(path, external_data=True)

@@ -1,0 +1,136 @@
+"""ONNX Runtime's own operators, as calls that `torch.onnx.export` records.
+
+They compute nothing in PyTorch (their results are zeros): the exported graph is compared with the oracle instead.
+Sizes: N query heads, K key/value heads, D head width, B rows, S new tokens, T = B * S, M capacity.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.onnx.ops import symbolic, symbolic_multi_out
+
+
+def group_query_attention(
+    query_key_value: Tensor,
+    past: tuple[Tensor, Tensor],
+    last_position: Tensor,
+    total_length: Tensor,
+    rotation: tuple[Tensor, Tensor] | None,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    rotary_interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Causal attention of each row's new tokens over its past, which it extends in place.
+
+    Args:
+        query_key_value: [B, S, (N + 2K) * D], queries, keys and values side by side.
+        past: keys and values [B, K, M, D]; bound to the same memory as the results.
+        last_position: int32 [B], index of each row's last valid position after this step.
+        total_length: int32 [], the capacity M.
+        rotation: cosines and sines [positions, D / 2], or None where positions are not rotary.
+        num_heads: N.
+        num_kv_heads: K.
+        rotary_interleaved: whether dimensions (2i, 2i + 1) turn together, rather than (i, i + D / 2).
+
+    Returns:
+        Context [B, S, N * D], and the extended keys and values.
+    """
+    rows, tokens, width = query_key_value.shape
+    head_dim = past[0].shape[3]
+    assert width == (num_heads + 2 * num_kv_heads) * head_dim, (width, num_heads, num_kv_heads, head_dim)
+    context, key, value = symbolic_multi_out(
+        "com.microsoft::GroupQueryAttention",
+        (query_key_value, None, None, *past, last_position, total_length, *(rotation or ())),
+        {
+            "num_heads": num_heads,
+            "kv_num_heads": num_kv_heads,
+            "do_rotary": int(rotation is not None),
+            "rotary_interleaved": int(rotary_interleaved),
+        },
+        dtypes=(torch.float32, past[0].dtype, past[1].dtype),
+        shapes=((rows, tokens, num_heads * head_dim), past[0].shape, past[1].shape),
+        version=1,
+    )
+    return context, key, value
+
+
+def rms_norm(hidden: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """Scale each row of `hidden` [..., E] to a root mean square of one, then by `gain` [E]."""
+    return symbolic(
+        "RMSNormalization",
+        (hidden, gain),
+        {"axis": -1, "epsilon": eps},
+        dtype=hidden.dtype,
+        shape=hidden.shape,
+        version=23,
+    )
+
+
+def layer_norm(hidden: Tensor, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Shift and scale each row of `hidden` [..., E] to mean zero and variance one, then by `gain` and `bias` [E]."""
+    return symbolic(
+        "LayerNormalization",
+        (hidden, gain, bias),
+        {"axis": -1, "epsilon": eps},
+        dtype=hidden.dtype,
+        shape=hidden.shape,
+        version=17,
+    )
+
+
+def skip_norm(hidden: Tensor, skip: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """Add two [..., E] and normalise the sum, in one pass: an RMS norm without `bias`, a layer norm with it.
+
+    Returns:
+        The normalised sum and the sum.
+    """
+    # All four results are declared, though the middle two are for training: ONNX Runtime warns otherwise.
+    statistics = (*hidden.shape[:-1], 1)
+    simplified = bias is None
+    normalised, _, _, total = symbolic_multi_out(
+        f"com.microsoft::Skip{'Simplified' if simplified else ''}LayerNormalization",
+        (hidden, skip, gain) if simplified else (hidden, skip, gain, bias),
+        {"epsilon": eps},
+        dtypes=(torch.float32,) * 4,
+        shapes=(hidden.shape, statistics, statistics, hidden.shape),
+        version=1,
+    )
+    return normalised, total
+
+
+def silu(gate: Tensor) -> Tensor:
+    """Return gate * sigmoid(gate), elementwise."""
+    return symbolic("com.microsoft::QuickGelu", (gate,), {"alpha": 1.0}, dtype=gate.dtype, shape=gate.shape, version=1)
+
+
+def quantise_linear(values: Tensor, scale: Tensor, zero_point: Tensor, *, axis: int) -> Tensor:
+    """Return round(values / scale) + zero_point as uint8, with one scale and zero point per index of `axis`."""
+    return symbolic(
+        "QuantizeLinear",
+        (values, scale, zero_point),
+        {"axis": axis},
+        dtype=torch.uint8,
+        shape=values.shape,
+        version=23,
+    )
+
+
+def integer_matmul(codes: Tensor, weight: Tensor, scales: Sequence[Tensor], zero_point: Tensor) -> Tensor:
+    """Multiply uint8 codes [T, in] by int8 weights [in, out]: exact integer sums, then the scales.
+
+    Args:
+        codes: uint8 [T, in].
+        weight: int8 [in, out].
+        scales: of the codes, [], and of each output of the weights, [out].
+        zero_point: uint8 [], the code that stands for zero.
+    """
+    return symbolic(
+        "com.microsoft::MatMulIntegerToFloat",
+        (codes, weight, *scales, zero_point),
+        {},
+        dtype=torch.float32,
+        shape=(*codes.shape[:-1], weight.shape[1]),
+        version=1,
+    )

@@ -1,0 +1,103 @@
+"""The weights of a decoder as plain tensors, so that they can be rewritten without touching the decoder.
+
+Nothing here computes the model: `models.decoder` is the oracle and `export.graph` the served graph.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from models.decoder import Decoder, DecoderConfig, DecoderLayer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Affine:
+    """y = x @ weight.T + bias, with weight [out, in] as in `torch.nn.Linear`."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormWeights:
+    """Gain [d_model] of an RMS norm, or gain and bias of a layer norm."""
+
+    gain: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerWeights:
+    """One decoder layer; `gate` is present for gated activations only."""
+
+    attention_norm: NormWeights
+    query: Affine
+    key: Affine
+    value: Affine
+    output: Affine
+    feed_forward_norm: NormWeights
+    gate: Affine | None
+    up: Affine
+    down: Affine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderWeights:
+    """A whole decoder: `token_embedding` [vocab, d_model], `positions` [max_model_len, d_model] or None.
+
+    Where embeddings are tied, `lm_head.weight` is the same tensor as `token_embedding`.
+    """
+
+    config: DecoderConfig
+    token_embedding: Tensor
+    positions: Tensor | None
+    layers: tuple[LayerWeights, ...]
+    final_norm: NormWeights
+    lm_head: Affine
+
+
+def decoder_weights(decoder: Decoder) -> DecoderWeights:
+    """Return the decoder's own tensors; nothing is copied."""
+    token_embedding = decoder.token_embedding.weight.detach()
+    lm_head = _affine(decoder.lm_head)
+    if decoder.config.tie_embeddings:
+        # One object, not two views of one memory: the exporter stores tensors by identity.
+        lm_head = replace(lm_head, weight=token_embedding)
+    return DecoderWeights(
+        config=decoder.config,
+        token_embedding=token_embedding,
+        positions=_positions(decoder),
+        layers=tuple(_layer(layer) for layer in decoder.layers),
+        final_norm=_norm(decoder.final_norm),
+        lm_head=lm_head,
+    )
+
+
+def _positions(decoder: Decoder) -> Tensor | None:
+    if decoder.position_embedding is None:
+        return None
+    return decoder.position_embedding(torch.arange(decoder.config.max_model_len)).detach()
+
+
+def _layer(layer: DecoderLayer) -> LayerWeights:
+    attention, feed_forward = layer.attention, layer.feed_forward
+    return LayerWeights(
+        attention_norm=_norm(layer.attention_norm),
+        query=_affine(attention.query),
+        key=_affine(attention.key),
+        value=_affine(attention.value),
+        output=_affine(attention.output),
+        feed_forward_norm=_norm(layer.feed_forward_norm),
+        gate=None if feed_forward.gate is None else _affine(feed_forward.gate),
+        up=_affine(feed_forward.up),
+        down=_affine(feed_forward.down),
+    )
+
+
+def _affine(linear: nn.Linear) -> Affine:
+    return Affine(weight=linear.weight.detach(), bias=None if linear.bias is None else linear.bias.detach())
+
+
+def _norm(norm: nn.Module) -> NormWeights:
+    return NormWeights(gain=norm.weight.detach(), bias=None if norm.bias is None else norm.bias.detach())
