@@ -122,16 +122,19 @@ def _invariance(arrays: _Arrays, graph: StepGraph) -> list[Check]:
             grid=f"{len(prompt)} tokens in chunks of {[int(size) for size in arrays['chunks']]}",
         )
     ]
-    for num_rows in sorted({min(2, graph.num_slots), min(5, graph.num_slots), graph.num_slots} - {1}):
-        checks.append(_rows_check(graph, prompt, num_rows))
+    for slot in range(graph.num_slots - 1):
+        graph.copy(graph.num_slots - 1, slot, len(prompt))
+    checks += [_rows_check(graph, prompt, num_rows) for num_rows in _batch_sizes(graph.num_slots)]
     return checks
 
 
+def _batch_sizes(num_slots: int) -> list[int]:
+    return sorted({min(size, num_slots) for size in (2, 5, num_slots)} - {1})
+
+
 def _rows_check(graph: StepGraph, prompt: list[int], num_rows: int) -> Check:
-    """Compare each row of a ragged decode step with the same row alone."""
+    """Compare rows of a ragged decode step with the same rows alone; every slot holds the prompt, or more."""
     lengths = [max(1, (len(prompt) * (row + 1)) // num_rows) for row in range(num_rows)]
-    for slot, length in enumerate(lengths):
-        graph.chunk(slot, prompt[:length], 0)
     tokens = [prompt[(7 * row) % len(prompt)] for row in range(num_rows)]
     together = graph.decode(tokens, [length + 1 for length in lengths]).copy()
     differing = 0
