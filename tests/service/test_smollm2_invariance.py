@@ -1,0 +1,96 @@
+"""Promise P2 on the real model: neighbours, load and chunking change no bit of a result, in fp32 and in int8."""
+
+import asyncio
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from service.bundle import FoundBundle, scan
+from service.engine.pools import pool_size
+from service.engine.runtime import use_threads
+from service.engine.step_graph import StepGraph
+from service.engine_loop import EngineLoop, EngineOptions
+from service.metrics import ServerMetrics
+from service.scheduling.request import Request, SamplingParams, Token
+
+pytestmark = pytest.mark.smollm2
+
+VOCAB = 49152
+NAMES = {"fp32": "smollm2-135m-fp32", "int8": "smollm2-135m"}
+KV_MEMORY = 2 << 30
+
+
+def found(repository: Path, precision: str) -> FoundBundle:
+    name = NAMES[precision]
+    return next(each for each in scan(repository) if isinstance(each, FoundBundle) and each.manifest.name == name)
+
+
+@pytest.fixture(params=["fp32", "int8"])
+def bundle(request: pytest.FixtureRequest, smollm2_repository: Path) -> FoundBundle:
+    return found(smollm2_repository, request.param)
+
+
+async def generate(loop: EngineLoop, request: Request) -> list[Token]:
+    tokens: list[Token] = []
+    async for item in loop.submit(request):
+        tokens += item.tokens
+    return tokens
+
+
+async def test_a_request_gives_the_same_bits_alone_and_among_1_7_and_31_neighbours(bundle: FoundBundle) -> None:
+    options = EngineOptions(num_slots=32, kv_memory=KV_MEMORY)
+    loop = EngineLoop.load(bundle, options, ServerMetrics().model(bundle.manifest.key, 8192))
+    loop.start()
+
+    def make(name: str, prompt: int, max_tokens: int, sampling: SamplingParams) -> Request:
+        rng = random.Random(name)
+        return Request(
+            request_id=name,
+            prompt=tuple(rng.randrange(3, VOCAB) for _ in range(prompt)),
+            max_tokens=max_tokens,
+            sampling=sampling,
+            logprobs=True,
+            top_logprobs=5,
+            arrival=loop.clock(),
+        )
+
+    greedy, warm = SamplingParams(temperature=0.0), SamplingParams(temperature=0.8, top_p=0.95, seed=7)
+    watched = [make("greedy", 90, 20, greedy), make("sampled", 41, 20, warm)]
+    alone = [await generate(loop, request) for request in watched]
+    for neighbours in (1, 7, 31):
+        rng = random.Random(neighbours)
+
+        async def neighbour(index: int, rng: random.Random = rng, number: int = neighbours) -> None:
+            for turn in range(3):  # arrives, leaves, and another takes its place
+                await asyncio.sleep(rng.random() * 0.05)
+                name = f"{number}-{index}-{turn}"
+                request = make(name, rng.randint(1, 150), rng.randint(1, 12), rng.choice([greedy, warm]))
+                stream = loop.submit(request)
+                async for _ in stream:
+                    if rng.random() < 0.1:
+                        stream.cancel()
+
+        tasks = [asyncio.create_task(neighbour(index)) for index in range(neighbours)]
+        among = await asyncio.gather(*(generate(loop, request) for request in watched))
+        assert among == alone, f"{neighbours} neighbours changed a token or the bits of a log-probability"
+        await asyncio.gather(*tasks)
+    await loop.close()
+
+
+def test_a_prompt_gives_the_same_logits_in_one_pass_and_in_chunks_of_any_size(bundle: FoundBundle) -> None:
+    use_threads(2)
+    graph = StepGraph(bundle, 2, pool_size(bundle.manifest, KV_MEMORY).capacity)
+    rng = random.Random(0)
+    prompt = [rng.randrange(3, VOCAB) for _ in range(300)]
+    whole = graph.chunk(0, prompt, 0)
+    for sizes in ([2, 298], [298, 2], [3, 5, 7, 285], [128, 128, 44], [150, 150], [17] * 17 + [11]):
+        start = 0
+        for size in sizes:
+            logits = graph.chunk(1, prompt[start : start + size], start)
+            start += size
+        assert start == len(prompt)
+        assert np.array_equal(logits, whole), f"chunks of {sizes}"
+    for pool in graph.pools:
+        assert np.array_equal(pool.array[0][:, :300], pool.array[1][:, :300])
