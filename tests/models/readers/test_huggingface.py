@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, processors
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -58,23 +58,11 @@ def random_model(config):
     return model
 
 
-def byte_tokenizer():
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(["the cat sat on the mat and the dog sat on the log"], trainer)
-    return tokenizer
-
-
 @pytest.fixture
-def write(tmp_path):
+def write(tmp_path, byte_tokenizer_json):
     def write_model(model, *, adds_bos=False, chat_template=None, **options):
         model.save_pretrained(tmp_path, **options)
-        tokenizer = byte_tokenizer()
+        tokenizer = Tokenizer.from_str(byte_tokenizer_json)
         if adds_bos:
             tokenizer.post_processor = processors.TemplateProcessing(
                 single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
