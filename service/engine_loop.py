@@ -73,10 +73,15 @@ class StepTokens:
 
 
 class TokenStream:
-    """The tokens of one request, on the event loop: an async iterator of `StepTokens`."""
+    """The tokens of one request, on the event loop: an async iterator of `StepTokens`.
+
+    `queue_seconds` and `prefill_seconds` are known from the first token on.
+    """
 
     def __init__(self, engine_loop: "EngineLoop", request: Request) -> None:
         self.request = request
+        self.queue_seconds = 0.0
+        self.prefill_seconds = 0.0
         self._engine_loop = engine_loop
         self._tokens: list[Token] = []
         self._finish: Finish | None = None
@@ -210,6 +215,11 @@ class EngineLoop:
         return self._scheduler.config.capacity
 
     @property
+    def capacity_name(self) -> str:
+        """What sets `capacity`: "max_model_len" or "kv_memory"."""
+        return "max_model_len" if self.capacity == self.manifest.limits.max_model_len else "kv_memory"
+
+    @property
     def healthy(self) -> bool:
         """Whether the engine thread lives and its current step has not taken half a minute."""
         since = self._busy_since
@@ -249,7 +259,7 @@ class EngineLoop:
                 prompt_tokens=len(request.prompt),
                 max_tokens=request.max_tokens,
                 limit=self.capacity,
-                limit_name="max_model_len" if self.capacity == self.manifest.limits.max_model_len else "kv_memory",
+                limit_name=self.capacity_name,
             )
         limit = self._options.num_slots + self._options.max_waiting_requests
         if len(self._streams) >= limit:
@@ -310,6 +320,8 @@ class EngineLoop:
                 continue
             self._observe(event)
             if stream is not None:
+                if event.is_first:
+                    stream.queue_seconds, stream.prefill_seconds = event.queue_seconds, event.prefill_seconds
                 if event.finish is not None:
                     del self._streams[event.request.request_id]
                     self._last_finishes.append(self.clock())
