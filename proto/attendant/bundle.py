@@ -1,9 +1,9 @@
 """The bundle manifest: the one thing that export writes and the service reads.
 
-A bundle is a directory `<repository>/<name>/<version>/` that holds `manifest.json` and the files it lists. The manifest
-says everything: every graph with every input and output, its dtype, axes and role; every state a sequence must remember
-and the rule that governs it; limits, vocabulary, provenance; and the certificate, without which nothing is served. The
-reader guesses nothing, and an unknown field is an error.
+A bundle is a directory `<repository>/<name>/<version>/` that holds `manifest.json` and the files it lists.
+The manifest says everything: every graph with every input and output, its dtype, axes and role; every state a
+sequence must remember and the rule that governs it; limits, vocabulary, provenance; and the certificate,
+without which nothing is served. The reader guesses nothing, and an unknown field is an error.
 
 It knows neither how a graph is made nor how it is run.
 """
@@ -166,8 +166,8 @@ class GraphSpec(_Frozen):
 class StateSpec(_Frozen):
     """One tensor that a sequence remembers between steps, and the rule that governs it.
 
-    `axes` begins with "rows". `input` and `output` name the step graph's tensors; a `fixed` state is an output of the
-    encode graph. With a `window`, positions further behind than that are never read again.
+    `axes` begins with "rows". `input` and `output` name the step graph's tensors; a `fixed` state is an
+    output of the encode graph. With a `window`, positions further behind than that are never read again.
     """
 
     name: str = Field(min_length=1)
@@ -241,8 +241,9 @@ class Certificate(_Frozen):
 class Golden(_Frozen):
     """The recorded run that the service replays before it serves; see docs/bundle.md for the arrays in `file`.
 
-    `bitwise_on` lists the processor features (attendant.processor) of the machine that recorded it: integer graphs are
-    compared bit for bit there, and by mean log-likelihood elsewhere, within `bound` either way for fp32.
+    `bitwise_on` lists the processor features (attendant.processor) of the machine that recorded it: integer
+    graphs are compared bit for bit there, and by mean log-likelihood elsewhere, within `bound` either way for
+    fp32.
     """
 
     file: FileName

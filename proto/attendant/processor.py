@@ -19,7 +19,8 @@ def processor_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]
     """Return the machine's architecture and the instruction sets that ONNX Runtime's kernels choose between.
 
     Args:
-        cpuinfo: the kernel's description of the processors; if it cannot be read only the architecture is known.
+        cpuinfo: the kernel's description of the processors; if it cannot be read only the architecture is
+            known.
     """
     flags: set[str] = set()
     try:

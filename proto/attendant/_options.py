@@ -1,0 +1,112 @@
+"""The command line of `attendant`: its words, their help and their types, but not what they do."""
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import Final, cast
+
+from attendant._messages import GenerateOptions
+
+Run = Callable[[argparse.Namespace], int]
+
+_SAMPLING: Final[dict[str, tuple[type, str]]] = {
+    "max_tokens": (int, "most tokens to generate (default: 256, or what fits)"),
+    "min_tokens": (int, "do not stop before this many tokens"),
+    "temperature": (float, "0 always takes the most likely token (default: the model's, or 1)"),
+    "top_k": (int, "choose among the K most likely tokens"),
+    "top_p": (float, "choose among the most likely tokens whose probabilities reach this sum"),
+    "min_p": (float, "drop tokens less likely than this share of the most likely one"),
+    "repetition_penalty": (float, "over 1: repeat less of prompt and answer"),
+    "presence_penalty": (float, "subtracted from tokens already generated"),
+    "frequency_penalty": (float, "subtracted for each time a token was generated"),
+    "seed": (int, "makes the same answer come again"),
+    "priority": (int, "more urgent if larger, -100 to 100"),
+    "latency_budget": (float, "seconds within which the whole answer is wanted"),
+    "top_logprobs": (int, "report this many alternatives for each token (with --logprobs and --json)"),
+}
+_SWITCHES: Final[dict[str, str]] = {
+    "ignore_eos": "go on past the model's own end",
+    "logprobs": "report the log-probability of each token (with --json)",
+    "echo": "begin the answer with the prompt",
+}
+
+
+def parser(*, generate: Run, chat: Run, models: Run, tokenize: Run, latency: Run) -> argparse.ArgumentParser:
+    """Return the parser; each command's namespace carries the function that runs it as `run`."""
+    root = argparse.ArgumentParser(
+        prog="attendant",
+        description="Talk to an Attendant server.",
+        epilog="ATTENDANT_SERVER and ATTENDANT_MODEL stand in for --server and --model. Exit status: 0 done, "
+        "1 the call failed, 2 the request was wrong, 130 interrupted.",
+    )
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = _command(commands, "generate", generate, "continue a prompt")
+    command.add_argument("prompt", nargs="?", help="the prompt; read from standard input if absent or -")
+    _add_generation(command)
+
+    command = _command(commands, "chat", chat, "talk with a model")
+    command.add_argument("message", nargs="?", help="one message; without it, a conversation until Ctrl-D")
+    command.add_argument("--system", metavar="TEXT", help="what the system says first")
+    _add_generation(command)
+
+    command = _command(commands, "models", models, "list the models of the server")
+    command.add_argument("--json", action="store_true", help="one JSON object a line")
+
+    command = _command(commands, "tokenize", tokenize, "show the tokens of a text")
+    command.add_argument("text", nargs="?", help="the text; read from standard input if absent or -")
+    _add_model(command)
+    command.add_argument("--json", action="store_true", help="one JSON object")
+
+    command = commands.add_parser("latency", help="show latency by sequence length")
+    command.set_defaults(run=latency)
+    command.add_argument(
+        "--metrics",
+        metavar="URL",
+        default=os.environ.get("ATTENDANT_METRICS", "http://localhost:8002/metrics"),
+        help="the server's metrics (default: %(default)s)",
+    )
+    _add_model(command)
+    return root
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, run: Run, text: str
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    command.set_defaults(run=run)
+    command.add_argument(
+        "--server",
+        metavar="HOST:PORT",
+        default=os.environ.get("ATTENDANT_SERVER", "localhost:8001"),
+        help="where the server listens (default: %(default)s)",
+    )
+    command.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after this time")
+    return command
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--model",
+        metavar="NAME",
+        default=os.environ.get("ATTENDANT_MODEL"),
+        help='"name" or "name/version" (default: the only one served)',
+    )
+
+
+def _add_generation(command: argparse.ArgumentParser) -> None:
+    _add_model(command)
+    for name, (kind, text) in _SAMPLING.items():
+        metavar = "N" if kind is int else "X"
+        command.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+    command.add_argument("--stop", action="append", metavar="TEXT", help="stop before this text (repeatable)")
+    for name, text in _SWITCHES.items():
+        command.add_argument(f"--{name.replace('_', '-')}", action="store_true", default=None, help=text)
+    command.add_argument("--json", action="store_true", help="one JSON object a line for each event")
+    command.add_argument("--stats", action="store_true", help="print counts and timings to standard error")
+
+
+def generate_options(args: argparse.Namespace) -> GenerateOptions:
+    """Return the options of generation that were given."""
+    given = {name: getattr(args, name) for name in ("stop", *_SAMPLING, *_SWITCHES)}
+    return cast(GenerateOptions, given)

@@ -1,0 +1,157 @@
+"""What the client hands out: small frozen values, no protobuf messages."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprob:
+    """An alternative at one position; `logprob` is a natural logarithm."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The log-probability of a generated token and, if asked for, the most likely alternatives."""
+
+    token_id: int
+    logprob: float
+    top: tuple[TopLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Token counts of one request; `cached_tokens` are those of the prompt that were not computed again."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Where the server spent the time of one request, in seconds."""
+
+    queue_seconds: float
+    tokenise_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    total_seconds: float
+
+
+FinishReason: TypeAlias = Literal["stop", "eos", "length", "unspecified"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """The request is accepted; `seed` makes the same answer come again, `model` is "name/version"."""
+
+    request_id: str
+    model: str
+    prompt_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """More of an answer. Texts concatenate to the whole; a text may be empty."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """The answer is complete."""
+
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+
+
+Event: TypeAlias = Started | Delta | Finished
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """A whole answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    started: Started
+    finished: Finished
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why it ended: "stop", "eos" or "length"."""
+        return self.finished.finish_reason
+
+    @property
+    def usage(self) -> Usage:
+        """Its token counts."""
+        return self.finished.usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """Token ids, each as the vocabulary spells it, and the rendered conversation if there was one."""
+
+    token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One check of a bundle's certificate: `measured` had to be at most `bound`, over `grid`."""
+
+    name: str
+    measured: float
+    bound: float
+    grid: str
+
+
+ModelState: TypeAlias = Literal["loading", "ready", "unavailable", "unspecified"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A bundle of the server's repository; `reason` says why one is not served."""
+
+    name: str
+    version: int
+    state: ModelState
+    reason: str
+    family: str
+    tasks: tuple[str, ...]
+    precision: str
+    max_model_len: int
+    vocab_size: int
+    has_chat_template: bool
+    bundle_sha256: str
+    source: str
+    licence: str
+    load_seconds: float
+    checks: tuple[Check, ...]
+
+    @property
+    def key(self) -> str:
+        """What to call it in a request: "name/version"."""
+        return f"{self.name}/{self.version}"
+
+
+Turn: TypeAlias = Message | tuple[str, str] | Mapping[str, str]
+"""A turn of a conversation: a Message, (role, content), or {"role": ..., "content": ...}."""

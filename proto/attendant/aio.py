@@ -1,0 +1,218 @@
+"""The asyncio client: `async with AsyncClient("localhost:8001") as client: ...`, otherwise as `attendant.client`.
+
+    async for text in client.generate("Once upon a time", model="smollm2-135m"):
+        print(text, end="", flush=True)
+
+Cancelling the task that reads a stream cancels the answer on the server.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import Any, Unpack
+
+import grpc
+
+from attendant import _messages
+from attendant._errors import Cancelled, from_rpc_error
+from attendant._messages import GenerateOptions
+from attendant._types import Delta, Event, Finished, Generation, Model, Started, Tokens, Turn
+from attendant.client import CHANNEL_OPTIONS, PAGE_SIZE
+from attendant.v1 import model_service_pb2
+from attendant.v1.inference_service_pb2_grpc import InferenceServiceStub
+from attendant.v1.model_service_pb2_grpc import ModelServiceStub
+
+
+class AsyncGenerateStream:
+    """One answer as it comes: iterate for its text, `events()` for everything, `result()` for the whole.
+
+    All three go on where the one before stopped reading. Breaking off an iteration, `cancel()`, and the end
+    of an `async with` block cancel an unfinished answer.
+    """
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._answer = _messages.Answer()
+        self._is_cancelled = False
+
+    @property
+    def started(self) -> Started | None:
+        """What the server said on accepting the request, once it has."""
+        return self._answer.started
+
+    @property
+    def finished(self) -> Finished | None:
+        """Why and how the answer ended, once it has."""
+        return self._answer.finished
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return self._answer.text
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        """Yield the remaining events.
+
+        Raises:
+            AttendantError: the call failed.
+        """
+        try:
+            async for response in self._call:
+                event = self._answer.add(response)
+                if event is not None:
+                    yield event
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        except asyncio.CancelledError:
+            if self._is_cancelled:  # the call, by cancel(); otherwise the task that reads it
+                raise Cancelled("cancelled by the caller", code=grpc.StatusCode.CANCELLED) from None
+            raise
+        finally:
+            self._call.cancel()  # nothing, if the call has ended
+        self._answer.check_finished()
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        """Yield the remaining text, in pieces that are never empty."""
+        async with aclosing(self.events()) as events:
+            async for event in events:
+                if isinstance(event, Delta) and event.text:
+                    yield event.text
+
+    async def result(self) -> Generation:
+        """Read to the end and return the whole answer, what was read before included."""
+        async for _ in self.events():
+            pass
+        return self._answer.whole()
+
+    def cancel(self) -> None:
+        """Stop generating, on the server too."""
+        self._is_cancelled = True
+        self._call.cancel()
+
+    async def __aenter__(self) -> "AsyncGenerateStream":
+        """Return the stream."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Cancel what is not finished."""
+        self.cancel()
+
+
+class AsyncClient:
+    """A connection to a server, or to all servers behind one name. Belongs to one event loop.
+
+    Args:
+        target: "host:port", or any other gRPC target ("dns:///attendant-headless:8001").
+        credentials: for TLS; plain text without.
+        options: further gRPC channel options.
+
+    Every method takes `timeout` in seconds and raises an AttendantError if the call fails.
+    """
+
+    def __init__(
+        self,
+        target: str = "localhost:8001",
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        options: Sequence[tuple[str, Any]] = (),
+    ) -> None:
+        options = (*CHANNEL_OPTIONS, *options)
+        self._channel = (
+            grpc.aio.insecure_channel(target, options)
+            if credentials is None
+            else grpc.aio.secure_channel(target, credentials, options)
+        )
+        self._inference = InferenceServiceStub(self._channel)
+        self._models = ModelServiceStub(self._channel)
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        model: str,
+        messages: Iterable[Turn] | None = None,
+        token_ids: Iterable[int] | None = None,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncGenerateStream:
+        """Continue a prompt, a conversation or token ids (exactly one of them), and return the stream."""
+        request = _messages.generate_request(model, prompt, messages, token_ids, options)
+        return AsyncGenerateStream(self._inference.Generate(request, timeout=timeout))
+
+    def chat(
+        self,
+        messages: Iterable[Turn],
+        *,
+        model: str,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncGenerateStream:
+        """Answer a conversation."""
+        return self.generate(model=model, messages=messages, timeout=timeout, **options)
+
+    async def tokenize(
+        self,
+        text: str | None = None,
+        *,
+        model: str,
+        messages: Iterable[Turn] | None = None,
+        add_special_tokens: bool | None = None,
+        timeout: float | None = None,
+    ) -> Tokens:
+        """Turn text or a conversation into token ids, exactly as `generate` would."""
+        request = _messages.tokenize_request(model, text, messages, add_special_tokens)
+        return _messages.tokens(await _unary(self._inference.Tokenize, request, timeout))
+
+    async def detokenize(
+        self,
+        token_ids: Iterable[int],
+        *,
+        model: str,
+        skip_special_tokens: bool | None = None,
+        timeout: float | None = None,
+    ) -> str:
+        """Turn token ids into text."""
+        request = _messages.detokenize_request(model, token_ids, skip_special_tokens)
+        response = await _unary(self._inference.Detokenize, request, timeout)
+        text: str = response.text
+        return text
+
+    async def models(self, *, timeout: float | None = None) -> list[Model]:
+        """Return every bundle of the server's repository, the refused ones with the reason."""
+        models: list[Model] = []
+        request = model_service_pb2.ListModelsRequest(page_size=PAGE_SIZE)
+        while True:
+            response = await _unary(self._models.ListModels, request, timeout)
+            models += map(_messages.model, response.models)
+            if not response.next_page_token:
+                return models
+            request.page_token = response.next_page_token
+
+    async def model(self, name: str, *, timeout: float | None = None) -> Model:
+        """Describe one model, "name" (its newest version) or "name/version"."""
+        request = model_service_pb2.GetModelRequest(model=name)
+        return _messages.model((await _unary(self._models.GetModel, request, timeout)).model)
+
+    async def close(self) -> None:
+        """Close the connection; unfinished calls are cancelled."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> "AsyncClient":
+        """Return the client."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the connection."""
+        await self.close()
+
+
+async def _unary(method: Any, request: Any, timeout: float | None) -> Any:
+    try:
+        return await method(request, timeout=timeout)
+    except grpc.RpcError as error:
+        raise from_rpc_error(error) from None

@@ -1,0 +1,225 @@
+"""The command `attendant`: generate, chat, models, tokenize, latency.
+
+Text appears as it is generated. Ctrl-C cancels the request on the server; in a conversation it only ends the
+answer.
+"""
+
+import argparse
+import json
+import os
+import sys
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from dataclasses import asdict
+from importlib import import_module
+from time import perf_counter
+
+from attendant import _options
+from attendant._errors import AttendantError, InvalidRequest, Unavailable
+from attendant._latency import latency_table
+from attendant._terminal import duration, table, visible
+from attendant._types import Delta, Finished, Message, Started
+from attendant.client import Client, GenerateStream
+
+FAILED, MISUSED, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be asked of a server."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    args = _options.parser(generate=generate, chat=chat, models=models, tokenize=tokenize, latency=latency).parse_args(
+        arguments
+    )
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has left, and needs no word of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except AttendantError as error:
+        return _complain(_explain(error, args), MISUSED if isinstance(error, InvalidRequest) else FAILED)
+    except (UsageError, ValueError) as error:  # ValueError: an option does not fit its field
+        return _complain(str(error), MISUSED)
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Continue a prompt."""
+    prompt = _text(args.prompt, "a prompt")
+    with Client(args.server) as client:
+        model = _model(client, args)
+        options = _options.generate_options(args)
+        _print_answer(client.generate(prompt, model=model, timeout=args.timeout, **options), args)
+    return 0
+
+
+def chat(args: argparse.Namespace) -> int:
+    """Answer one message, or hold a conversation."""
+    turns = [Message("system", args.system)] if args.system is not None else []
+    with Client(args.server) as client:
+        model = _model(client, args)
+        if args.message is not None or not sys.stdin.isatty():
+            turns.append(Message("user", _text(args.message, "a message")))
+            options = _options.generate_options(args)
+            _print_answer(client.chat(turns, model=model, timeout=args.timeout, **options), args)
+        else:
+            _converse(client, model, turns, args)
+    return 0
+
+
+def _converse(client: Client, model: str, turns: list[Message], args: argparse.Namespace) -> None:
+    with suppress(ImportError):  # gives input() its editing and history, where the platform has it
+        import_module("readline")
+    print(f"{model}: Ctrl-C ends an answer, Ctrl-D the conversation.", file=sys.stderr)
+    while True:
+        try:
+            said = input("> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            continue
+        if not said.strip():
+            continue
+        question = Message("user", said)
+        stream = client.chat([*turns, question], model=model, timeout=args.timeout, **_options.generate_options(args))
+        try:
+            _print_answer(stream, args)
+        except KeyboardInterrupt:
+            stream.cancel()
+            print()
+        except AttendantError as error:
+            _complain(_explain(error, args), FAILED)
+        if stream.text:  # what was said so far belongs to the conversation, even if it was broken off
+            turns += [question, Message("assistant", stream.text)]
+
+
+def models(args: argparse.Namespace) -> int:
+    """List the models of the server, the refused ones with the reason."""
+    with Client(args.server) as client:
+        found = client.models(timeout=args.timeout)
+    if args.json:
+        for model in found:
+            print(json.dumps(asdict(model)))
+        return 0
+    header = ("MODEL", "STATE", "PRECISION", "CONTEXT", "TASKS", "REASON")
+    rows = [
+        (
+            model.key,
+            model.state,
+            model.precision,
+            str(model.max_model_len or ""),
+            ",".join(model.tasks),
+            visible(" ".join(model.reason.split())),
+        )
+        for model in found
+    ]
+    print(table(header, rows, right=("CONTEXT",)) if rows else "The server's repository holds no model.")
+    return 0
+
+
+def tokenize(args: argparse.Namespace) -> int:
+    """Show the tokens of a text."""
+    text = _text(args.text, "a text")
+    with Client(args.server) as client:
+        tokens = client.tokenize(text, model=_model(client, args), timeout=args.timeout)
+    if args.json:
+        print(json.dumps(asdict(tokens), ensure_ascii=False))
+    else:
+        rows = [(str(i), visible(token)) for i, token in zip(tokens.token_ids, tokens.tokens, strict=True)]
+        print(table(("ID", "TOKEN"), rows, right=("ID",)))
+    return 0
+
+
+def latency(args: argparse.Namespace) -> int:
+    """Show latency by sequence length."""
+    try:
+        with urllib.request.urlopen(args.metrics, timeout=10) as response:
+            text = response.read().decode("utf-8", errors="replace")
+    except (OSError, ValueError) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        return _complain(f"cannot read {args.metrics}: {reason}", FAILED)
+    print(latency_table(text, model=args.model) or "Nothing has been measured yet.")
+    return 0
+
+
+def _print_answer(stream: GenerateStream, args: argparse.Namespace) -> None:
+    begin, first = perf_counter(), None
+    shows_escapes = not sys.stdout.isatty()
+    with stream:
+        for event in stream.events():
+            if args.json:
+                print(json.dumps({"event": type(event).__name__.lower(), **asdict(event)}), flush=True)
+            elif isinstance(event, Delta):
+                sys.stdout.write(event.text if shows_escapes else visible(event.text))
+                sys.stdout.flush()
+            if isinstance(event, Delta) and first is None:
+                first = perf_counter() - begin
+    if not args.json:
+        print(flush=True)
+    if args.stats and stream.started and stream.finished:
+        print(_stats(stream.started, stream.finished, first or 0.0), file=sys.stderr)
+
+
+def _stats(started: Started, finished: Finished, first: float) -> str:
+    usage, timings = finished.usage, finished.timings
+    rate = (usage.output_tokens - 1) / timings.decode_seconds if timings.decode_seconds > 0 else 0.0
+    return (
+        f"{started.model}: {usage.prompt_tokens} prompt tokens ({usage.cached_tokens} cached), "
+        f"{usage.output_tokens} generated, ended by {finished.finish_reason}; seed {started.seed}\n"
+        f"first token after {duration(first)}, then {rate:.0f} tokens/s; on the server: "
+        f"queue {duration(timings.queue_seconds)}, tokenise {duration(timings.tokenise_seconds)}, "
+        f"prefill {duration(timings.prefill_seconds)}, decode {duration(timings.decode_seconds)}, "
+        f"total {duration(timings.total_seconds)}"
+    )
+
+
+def _text(given: str | None, what: str) -> str:
+    """Return what was given as an argument, or else standard input."""
+    if given is not None and given != "-":
+        return given
+    if given is None and sys.stdin.isatty():
+        raise UsageError(f"give {what} as an argument or on standard input")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input is not UTF-8: {error}") from None
+
+
+def _model(client: Client, args: argparse.Namespace) -> str:
+    """Return the model that was asked for, or the only one there is."""
+    if args.model:
+        return str(args.model)
+    names = sorted({model.name for model in client.models(timeout=args.timeout) if model.state == "ready"})
+    if len(names) == 1:
+        return names[0]
+    if not names:
+        raise UsageError("the server has no model ready; `attendant models` says why")
+    raise UsageError(f"choose a model with --model: {', '.join(names)}")
+
+
+def _explain(error: AttendantError, args: argparse.Namespace) -> str:
+    """Return one line about an error."""
+    text = " ".join(error.message.split()) or "no reason given"
+    if isinstance(error, Unavailable) and not error.reason:
+        text = f"no server answers at {args.server} ({text})"
+    if error.retry_after is not None:
+        text += f"; worth trying again in {duration(error.retry_after)}"
+    return f"{text} [{error.reason or error.code.name}]"
+
+
+def _complain(text: str, status: int) -> int:
+    print(f"attendant: {visible(text)}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

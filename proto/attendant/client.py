@@ -1,0 +1,237 @@
+"""The synchronous client: `with Client("localhost:8001") as client: ...`.
+
+    for text in client.generate("Once upon a time", model="smollm2-135m", max_tokens=64):
+        print(text, end="", flush=True)
+
+A call begins when its method is called; leaving the loop early, or closing the stream, cancels it on the
+server.
+"""
+
+import json
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Unpack
+
+import grpc
+
+from attendant import _messages
+from attendant._errors import from_rpc_error
+from attendant._messages import GenerateOptions
+from attendant._types import Delta, Event, Finished, Generation, Model, Started, Tokens, Turn
+from attendant.v1 import model_service_pb2
+from attendant.v1.inference_service_pb2_grpc import InferenceServiceStub
+from attendant.v1.model_service_pb2_grpc import ModelServiceStub
+
+# Calls are spread over every address of the server's name. Only UNAVAILABLE is tried again, and only where
+# nothing has been answered: the server has then done nothing.
+SERVICE_CONFIG = {
+    "loadBalancingConfig": [{"round_robin": {}}],
+    "methodConfig": [
+        {
+            "name": [{"service": "attendant.v1.InferenceService"}, {"service": "attendant.v1.ModelService"}],
+            "retryPolicy": {
+                "maxAttempts": 3,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "2s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ],
+    "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
+}
+CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
+    ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
+    ("grpc.max_receive_message_length", 64 << 20),
+)
+PAGE_SIZE = 100
+
+
+class GenerateStream:
+    """One answer as it comes: iterate for its text, `events()` for everything, `result()` for the whole.
+
+    All three go on where the one before stopped reading. Breaking off an iteration, `cancel()`, and the end
+    of a `with` block cancel an unfinished answer.
+    """
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._answer = _messages.Answer()
+
+    @property
+    def started(self) -> Started | None:
+        """What the server said on accepting the request, once it has."""
+        return self._answer.started
+
+    @property
+    def finished(self) -> Finished | None:
+        """Why and how the answer ended, once it has."""
+        return self._answer.finished
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return self._answer.text
+
+    def events(self) -> Generator[Event, None, None]:
+        """Yield the remaining events.
+
+        Raises:
+            AttendantError: the call failed.
+        """
+        try:
+            for response in self._call:
+                event = self._answer.add(response)
+                if event is not None:
+                    yield event
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        finally:
+            self._call.cancel()  # nothing, if the call has ended
+        self._answer.check_finished()
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the remaining text, in pieces that are never empty."""
+        events = self.events()
+        try:
+            for event in events:
+                if isinstance(event, Delta) and event.text:
+                    yield event.text
+        finally:
+            events.close()
+
+    def result(self) -> Generation:
+        """Read to the end and return the whole answer, what was read before included."""
+        for _ in self.events():
+            pass
+        return self._answer.whole()
+
+    def cancel(self) -> None:
+        """Stop generating, on the server too; may be called from another thread."""
+        self._call.cancel()
+
+    def __enter__(self) -> "GenerateStream":
+        """Return the stream."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Cancel what is not finished."""
+        self.cancel()
+
+
+class Client:
+    """A connection to a server, or to all servers behind one name. Threads may share it.
+
+    Args:
+        target: "host:port", or any other gRPC target ("dns:///attendant-headless:8001").
+        credentials: for TLS; plain text without.
+        options: further gRPC channel options.
+
+    Every method takes `timeout` in seconds and raises an AttendantError if the call fails.
+    """
+
+    def __init__(
+        self,
+        target: str = "localhost:8001",
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        options: Sequence[tuple[str, Any]] = (),
+    ) -> None:
+        options = (*CHANNEL_OPTIONS, *options)
+        self._channel = (
+            grpc.insecure_channel(target, options)
+            if credentials is None
+            else grpc.secure_channel(target, credentials, options)
+        )
+        self._inference = InferenceServiceStub(self._channel)
+        self._models = ModelServiceStub(self._channel)
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        model: str,
+        messages: Iterable[Turn] | None = None,
+        token_ids: Iterable[int] | None = None,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> GenerateStream:
+        """Continue a prompt, a conversation or token ids (exactly one of them), and return the stream."""
+        request = _messages.generate_request(model, prompt, messages, token_ids, options)
+        return GenerateStream(self._inference.Generate(request, timeout=timeout))
+
+    def chat(
+        self,
+        messages: Iterable[Turn],
+        *,
+        model: str,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> GenerateStream:
+        """Answer a conversation."""
+        return self.generate(model=model, messages=messages, timeout=timeout, **options)
+
+    def tokenize(
+        self,
+        text: str | None = None,
+        *,
+        model: str,
+        messages: Iterable[Turn] | None = None,
+        add_special_tokens: bool | None = None,
+        timeout: float | None = None,
+    ) -> Tokens:
+        """Turn text or a conversation into token ids, exactly as `generate` would."""
+        request = _messages.tokenize_request(model, text, messages, add_special_tokens)
+        return _messages.tokens(_unary(self._inference.Tokenize, request, timeout))
+
+    def detokenize(
+        self,
+        token_ids: Iterable[int],
+        *,
+        model: str,
+        skip_special_tokens: bool | None = None,
+        timeout: float | None = None,
+    ) -> str:
+        """Turn token ids into text."""
+        request = _messages.detokenize_request(model, token_ids, skip_special_tokens)
+        text: str = _unary(self._inference.Detokenize, request, timeout).text
+        return text
+
+    def models(self, *, timeout: float | None = None) -> list[Model]:
+        """Return every bundle of the server's repository, the refused ones with the reason."""
+        models: list[Model] = []
+        request = model_service_pb2.ListModelsRequest(page_size=PAGE_SIZE)
+        while True:
+            response = _unary(self._models.ListModels, request, timeout)
+            models += map(_messages.model, response.models)
+            if not response.next_page_token:
+                return models
+            request.page_token = response.next_page_token
+
+    def model(self, name: str, *, timeout: float | None = None) -> Model:
+        """Describe one model, "name" (its newest version) or "name/version"."""
+        request = model_service_pb2.GetModelRequest(model=name)
+        return _messages.model(_unary(self._models.GetModel, request, timeout).model)
+
+    def close(self) -> None:
+        """Close the connection; unfinished calls are cancelled."""
+        self._channel.close()
+
+    def __enter__(self) -> "Client":
+        """Return the client."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the connection."""
+        self.close()
+
+
+def _unary(method: Any, request: Any, timeout: float | None) -> Any:
+    try:
+        return method(request, timeout=timeout)
+    except grpc.RpcError as error:
+        raise from_rpc_error(error) from None
