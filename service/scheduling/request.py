@@ -28,8 +28,8 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the most likely token is always taken."""
-        return self.temperature == 0.0
+        """Whether the most likely token is always taken; a temperature this low makes it certain."""
+        return self.temperature < 1e-5
 
     @property
     def adjusts_logits(self) -> bool:
