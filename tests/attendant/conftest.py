@@ -1,0 +1,170 @@
+"""A real gRPC server on a real socket whose answers a test writes."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+from google.protobuf import any_pb2
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from attendant.v1 import generation_pb2, inference_service_pb2, model_service_pb2
+from attendant.v1.inference_service_pb2_grpc import InferenceServiceServicer, add_InferenceServiceServicer_to_server
+from attendant.v1.model_service_pb2_grpc import ModelServiceServicer, add_ModelServiceServicer_to_server
+
+PATIENCE = 20  # seconds after which something that should have happened has not
+
+
+def answer(*texts: str, logprobs: bool = False) -> list[generation_pb2.GenerateResponse]:
+    """The events of an answer: one delta for each text, with its index as token id."""
+    pb = generation_pb2
+    deltas = [
+        pb.Delta(
+            text=text,
+            token_ids=[i],
+            logprobs=[pb.TokenLogprob(token_id=i, logprob=-0.5, top=[pb.TopLogprob(token_id=9, logprob=-1)])]
+            if logprobs
+            else [],
+        )
+        for i, text in enumerate(texts)
+    ]
+    finished = pb.Finished(
+        finish_reason=pb.FINISH_REASON_EOS,
+        usage=pb.Usage(prompt_tokens=3, cached_tokens=1, output_tokens=len(texts)),
+        timings=pb.Timings(
+            queue=Duration(nanos=1_000_000), decode=Duration(nanos=500_000_000), total=Duration(seconds=1)
+        ),
+    )
+    return [
+        pb.GenerateResponse(started=pb.Started(request_id="r1", prompt_tokens=3, seed=2**64 - 1, model="tiny/1")),
+        *(pb.GenerateResponse(delta=delta) for delta in deltas),
+        pb.GenerateResponse(finished=finished),
+    ]
+
+
+def refusal(code: grpc.StatusCode, message: str, *details: object) -> grpc.Status:
+    """A status with google.rpc details, as the service sends it."""
+    packed = []
+    for detail in details:
+        packed.append(any_pb2.Any())
+        packed[-1].Pack(detail)
+    return rpc_status.to_status(status_pb2.Status(code=code.value[0], message=message, details=packed))
+
+
+class Script(InferenceServiceServicer, ModelServiceServicer):
+    """Answers with what the test put here, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.generate: Callable[..., Iterator[generation_pb2.GenerateResponse]] = lambda request, context: iter(
+            answer("Hel", "", "lo")
+        )
+        self.requests: list[object] = []
+        self.models = [
+            model_service_pb2.Model(
+                name="tiny",
+                version=1,
+                state=model_service_pb2.MODEL_STATE_READY,
+                precision="int8",
+                max_model_len=64,
+                tasks=["generate"],
+                checks=[model_service_pb2.Check(name="parity", measured=1e-6, bound=1e-4, grid="1-64")],
+            )
+        ]
+        self.page_size = 100
+        self.cancelled = threading.Event()
+
+    def hang(self, *texts: str) -> None:
+        """Answer with these texts and then wait until the client goes away."""
+
+        def generate(request, context):
+            gone = threading.Event()
+            if not context.add_callback(gone.set):
+                gone.set()
+            try:
+                yield from answer(*texts)[:-1]
+                assert gone.wait(PATIENCE)
+            except GeneratorExit:  # gone before it had read everything
+                gone.set()
+                raise
+            finally:
+                if gone.is_set():
+                    self.cancelled.set()
+
+        self.generate = generate
+
+    def fail(self, status: grpc.Status, *, times: int = 1_000_000, after: int = 0) -> None:
+        """Refuse that many calls, each after so many events."""
+
+        def generate(request, context):
+            if len(self.requests) <= times:
+                yield from answer("Hel", "lo")[:after]
+                context.abort_with_status(status)
+            yield from answer("Hel", "lo")
+
+        self.generate = generate
+
+    def Generate(self, request, context):
+        self.requests.append(request)
+        yield from self.generate(request, context)
+
+    def Tokenize(self, request, context):
+        self.requests.append(request)
+        return inference_service_pb2.TokenizeResponse(token_ids=[1, 2], tokens=["a", "Ġb"], text="rendered")
+
+    def Detokenize(self, request, context):
+        self.requests.append(request)
+        return inference_service_pb2.DetokenizeResponse(text="a b")
+
+    def ListModels(self, request, context):
+        begin = int(request.page_token or 0)
+        end = begin + min(request.page_size, self.page_size)
+        token = str(end) if end < len(self.models) else ""
+        return model_service_pb2.ListModelsResponse(models=self.models[begin:end], next_page_token=token)
+
+    def GetModel(self, request, context):
+        self.requests.append(request)
+        for model in self.models:
+            if request.model in (model.name, f"{model.name}/{model.version}"):
+                return model_service_pb2.GetModelResponse(model=model)
+        info = error_details_pb2.ErrorInfo(reason="MODEL_NOT_FOUND", domain="attendant")
+        context.abort_with_status(refusal(grpc.StatusCode.NOT_FOUND, f"no model {request.model!r}", info))
+
+
+@pytest.fixture
+def script() -> Script:
+    return Script()
+
+
+@pytest.fixture
+def address(script: Script) -> Iterator[str]:
+    """Where the scripted server listens."""
+    with ThreadPoolExecutor(8) as pool:
+        server = grpc.server(pool, options=[("grpc.so_reuseport", 0)])
+        add_InferenceServiceServicer_to_server(script, server)
+        add_ModelServiceServicer_to_server(script, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        yield f"127.0.0.1:{port}"
+        server.stop(None).wait()
+
+
+@pytest.fixture(name="refusal")
+def _refusal() -> Callable[..., grpc.Status]:
+    return refusal
+
+
+@pytest.fixture
+def make_answer() -> Callable[..., list[generation_pb2.GenerateResponse]]:
+    return answer
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of this machine on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
