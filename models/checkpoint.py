@@ -19,6 +19,9 @@ from safetensors.torch import load_file, save_file
 from models.decoder import Decoder, DecoderConfig
 
 FORMAT = "attendant-checkpoint-1"
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+WEIGHTS = "model.safetensors"
 
 
 class CheckpointError(ValueError):
@@ -68,7 +71,7 @@ def save(model: TrainedModel, directory: str | Path) -> None:
         CheckpointError: the directory exists and is no checkpoint.
     """
     directory = Path(directory)
-    if directory.exists() and not (directory / "config.json").is_file():
+    if directory.exists() and not (directory / CONFIG).is_file():
         raise CheckpointError(f"{directory} exists and is not a checkpoint; choose another directory or remove it")
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
@@ -76,8 +79,8 @@ def save(model: TrainedModel, directory: str | Path) -> None:
         weights = {name: tensor.detach().contiguous() for name, tensor in model.decoder.state_dict().items()}
         if model.decoder.config.tie_embeddings:
             del weights["lm_head.weight"]
-        save_file(weights, scratch / "model.safetensors")
-        (scratch / "tokenizer.json").write_text(model.tokenizer.json, encoding="utf-8")
+        save_file(weights, scratch / WEIGHTS)
+        (scratch / TOKENIZER).write_text(model.tokenizer.json, encoding="utf-8")
         tokenizer = asdict(model.tokenizer)
         del tokenizer["json"]
         document = {
@@ -89,7 +92,7 @@ def save(model: TrainedModel, directory: str | Path) -> None:
             "recipe": model.recipe,
             "data": model.data,
         }
-        (scratch / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        (scratch / CONFIG).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         scratch.chmod(0o755)  # mkdtemp makes directories private
         if directory.exists():
             retired = scratch.with_name(f"{scratch.name}-old")
@@ -109,15 +112,16 @@ def load(directory: str | Path) -> TrainedModel:
         CheckpointError: a file is missing or malformed, or weights and configuration disagree.
     """
     directory = Path(directory)
+    for name in (CONFIG, TOKENIZER, WEIGHTS):
+        if not (directory / name).is_file():
+            raise CheckpointError(f"{directory} is not a whole checkpoint: {name} is missing")
     try:
-        document = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        document = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise CheckpointError(f"{directory}/config.json is not of format {FORMAT}")
-        tokenizer_json = (directory / "tokenizer.json").read_text(encoding="utf-8")
-        weights = load_file(directory / "model.safetensors")
+            raise CheckpointError(f"{directory / CONFIG} is not of format {FORMAT}")
+        tokenizer_json = (directory / TOKENIZER).read_text(encoding="utf-8")
+        weights = load_file(directory / WEIGHTS)
         return _assemble(document, tokenizer_json, weights)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{directory} is not a whole checkpoint: {error.filename} is missing") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
         raise CheckpointError(f"{directory} cannot be read: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
