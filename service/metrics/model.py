@@ -139,6 +139,6 @@ class ModelMetrics:
         self._load_seconds.set(seconds)
         self._ready.set(1)
 
-    def unavailable(self) -> None:
-        """The model is not served any more."""
-        self._ready.set(0)
+    def serving(self, healthy: bool) -> None:
+        """The model can be called now, or cannot."""
+        self._ready.set(healthy)

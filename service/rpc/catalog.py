@@ -1,0 +1,118 @@
+"""Which bundles there are, which of them are served, and what a `model` on the wire means."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from service.bundle import FoundBundle
+from service.engine_loop import EngineLoop
+from service.errors import InvalidField, ModelNotFound, ModelUnavailable
+from service.metrics import ModelMetrics
+from service.text import TextCodec
+
+_MAX_SHOWN = 8
+
+
+class State(Enum):
+    """Whether a bundle is served."""
+
+    LOADING = "loading"
+    READY = "ready"
+    UNAVAILABLE = "unavailable"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """All that answering for one bundle takes."""
+
+    found: FoundBundle
+    engine: EngineLoop
+    codec: TextCodec
+    metrics: ModelMetrics
+    load_seconds: float
+
+    @property
+    def key(self) -> str:
+        """Its full name, "name/version"."""
+        return self.found.manifest.key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One bundle of the repository; `found` is None if even its manifest is bad, `reason` says why it is not served."""
+
+    name: str
+    version: int
+    state: State
+    reason: str = ""
+    found: FoundBundle | None = None
+    served: ServedModel | None = None
+
+    @property
+    def key(self) -> str:
+        """Its full name, "name/version"."""
+        return f"{self.name}/{self.version}"
+
+
+class ModelCatalog:
+    """The bundles by name and version; changed and read on the event loop only."""
+
+    def __init__(self, entries: Iterable[Entry] = ()) -> None:
+        self._entries = {entry.key: entry for entry in entries}
+
+    def put(self, entry: Entry) -> None:
+        """Add a bundle or replace what is known of it."""
+        self._entries[entry.key] = entry
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All bundles, by name, then version."""
+        return sorted(self._entries.values(), key=lambda entry: (entry.name, entry.version))
+
+    @property
+    def served(self) -> list[ServedModel]:
+        """The bundles that are served."""
+        return [entry.served for entry in self.entries if entry.served is not None]
+
+    def find(self, model: str) -> Entry:
+        """Return the bundle that "name/version" names, or the newest served (else the newest) of "name".
+
+        Raises:
+            InvalidField: no model is named.
+            ModelNotFound: there is none of that name or version.
+        """
+        if not model:
+            raise InvalidField("model", model, f"name a model: {self._shown()}")
+        if (entry := self._entries.get(model)) is not None:
+            return entry
+        versions = [entry for entry in self.entries if entry.name == model]
+        if not versions:
+            shown = model if len(model) <= 80 else model[:77] + "..."
+            raise ModelNotFound(f"there is no model {shown!r}; known: {self._shown()}", {"model": shown})
+        return max(versions, key=lambda entry: (entry.served is not None, entry.version))
+
+    def resolve(self, model: str) -> ServedModel:
+        """Return the served bundle of this name, see `find`.
+
+        Raises:
+            ModelUnavailable: it is not served (yet).
+        """
+        entry = self.find(model)
+        if entry.served is None:
+            why = entry.reason or entry.state.value
+            raise ModelUnavailable(
+                f"model {entry.key} is not served: {why}", {"model": entry.key, "state": entry.state.value}
+            )
+        return entry.served
+
+    def label(self, model: str) -> str | None:
+        """Return the full name for a metric's label, or None if the repository has no such model."""
+        try:
+            return self.find(model).key
+        except (InvalidField, ModelNotFound):
+            return None
+
+    def _shown(self) -> str:
+        keys = [entry.key for entry in self.entries]
+        more = f" and {len(keys) - _MAX_SHOWN} more" if len(keys) > _MAX_SHOWN else ""
+        return (", ".join(keys[:_MAX_SHOWN]) or "none") + more

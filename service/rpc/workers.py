@@ -1,0 +1,46 @@
+"""Threads for text: rendering and tokenising take milliseconds that the event loop does not have."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from service.errors import QueueFull
+
+T = TypeVar("T")
+
+
+class TextWorkers:
+    """A few threads behind a bounded queue.
+
+    Args:
+        threads: how many jobs run at once.
+        max_waiting: how many more may wait before they are refused.
+    """
+
+    def __init__(self, threads: int, max_waiting: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="text")
+        self._limit = threads + max_waiting
+        self._pending = 0
+
+    async def run(self, job: Callable[[], T]) -> T:
+        """Run a job in a thread and return what it returns.
+
+        Raises:
+            QueueFull: too many jobs wait.
+        """
+        if self._pending >= self._limit:
+            raise QueueFull(
+                f"{self._pending} texts wait to be tokenised, the limit is {self._limit}",
+                0.1,
+                {"waiting": str(self._pending), "max_waiting": str(self._limit)},
+            )
+        self._pending += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, job)
+        finally:
+            self._pending -= 1
+
+    def close(self) -> None:
+        """Take no more jobs; those that run are left to end by themselves."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
