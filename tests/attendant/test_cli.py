@@ -1,0 +1,270 @@
+"""The attendant command as a person runs it: a process of its own, pipes and a terminal."""
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+
+from attendant.v1 import model_service_pb2
+
+PATIENCE = 20  # seconds
+COMMAND = [sys.executable, "-m", "attendant.cli"]
+
+
+@pytest.fixture
+def environment(address) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("ATTENDANT_")}
+    return kept | {"ATTENDANT_SERVER": address}
+
+
+@pytest.fixture
+def run(environment):
+    def run(*arguments: str, stdin: str | bytes = b"") -> subprocess.CompletedProcess[str]:
+        data = stdin.encode() if isinstance(stdin, str) else stdin
+        done = subprocess.run(
+            [*COMMAND, *arguments], input=data, capture_output=True, env=environment, timeout=PATIENCE, check=False
+        )
+        return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    return run
+
+
+@pytest.fixture
+def start(environment) -> Iterator:
+    """Start the command with a pipe for its output; whatever still runs afterwards is killed."""
+    running = []
+
+    def start(*arguments: str, command=COMMAND, **pipes) -> subprocess.Popen:
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | pipes
+        running.append(subprocess.Popen([*command, *arguments], env=environment, **pipes))
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+class Terminal:
+    """Both ends of a pseudo terminal: a person types, reads, and waits for words."""
+
+    def __init__(self) -> None:
+        self.ours, self.theirs = pty.openpty()
+        self.seen = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.ours, text.encode())
+
+    def wait_for(self, pattern: str) -> str:
+        """Read until the pattern appears after what was waited for last."""
+        deadline = time.monotonic() + PATIENCE
+        while (found := re.search(pattern, self.seen, re.DOTALL)) is None:
+            ready, _, _ = select.select([self.ours], [], [], max(0, deadline - time.monotonic()))
+            assert ready, f"waited for {pattern!r}, saw {self.seen!r}"
+            self.seen += os.read(self.ours, 4096).decode()
+        self.seen = self.seen[found.end() :]
+        return found[0]
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    terminal = Terminal()
+    yield terminal
+    os.close(terminal.ours)
+    os.close(terminal.theirs)
+
+
+OWN_TERMINAL = """
+import fcntl, sys, termios
+from attendant.cli import main
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+sys.exit(main())
+"""
+
+
+def on_terminal(start, terminal: Terminal, *arguments: str) -> subprocess.Popen:
+    """Start the command with the terminal as its own, so that typing Ctrl-C there interrupts it."""
+    ends = dict.fromkeys(("stdin", "stdout", "stderr"), terminal.theirs)
+    return start(*arguments, command=[sys.executable, "-c", OWN_TERMINAL], start_new_session=True, **ends)
+
+
+def test_the_prompt_comes_from_the_argument_or_from_standard_input(run, script):
+    for done in (
+        run("generate", "once upon"),
+        run("generate", stdin="once upon"),
+        run("generate", "-", stdin="once upon"),
+    ):
+        assert (done.returncode, done.stdout, done.stderr) == (0, "Hello\n", "")
+    assert {request.prompt for request in script.requests} == {"once upon"}
+    assert {request.model for request in script.requests} == {"tiny"}  # the only one that is ready
+
+
+def test_options_reach_the_request(run, script):
+    run("generate", "hi", "--max-tokens", "7", "--temperature", "0", "--stop", "a", "--stop", "b", "--ignore-eos")
+    (request,) = script.requests
+    assert (request.sampling.max_tokens, request.sampling.temperature) == (7, 0)
+    assert request.sampling.HasField("temperature") and not request.sampling.HasField("top_k")
+    assert list(request.stop.strings) == ["a", "b"] and request.stop.ignore_eos
+
+
+def test_text_appears_before_the_answer_is_complete(start, script):
+    script.hang("first words")
+    process = start("generate", "hi")
+    assert os.read(process.stdout.fileno(), 100) == b"first words"
+
+
+def test_ctrl_c_cancels_on_the_server_and_leaves_with_130(start, script):
+    script.hang("first words")
+    process = start("generate", "hi")
+    assert os.read(process.stdout.fileno(), 100)
+    process.send_signal(signal.SIGINT)
+    assert script.cancelled.wait(PATIENCE)
+    assert process.wait(PATIENCE) == 130
+    assert process.stderr.read() == b"\n"
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly(start, script, make_answer):
+    go_on = threading.Event()
+
+    def generate(request, context):
+        first, *rest = make_answer(*["more " * 1000] * 200)
+        yield first
+        assert go_on.wait(PATIENCE)
+        yield from rest
+
+    script.generate = generate
+    process = start("generate", "hi")
+    process.stdout.close()
+    go_on.set()
+    assert process.wait(PATIENCE) == 141
+    assert process.stderr.read() == b""
+
+
+def test_json_is_one_event_a_line(run, script, make_answer):
+    script.generate = lambda request, context: iter(make_answer("a\n", logprobs=True))
+    done = run("generate", "hi", "--json", "--logprobs")
+    started, delta, finished = map(json.loads, done.stdout.splitlines())
+    assert started == {"event": "started", "request_id": "r1", "model": "tiny/1", "prompt_tokens": 3, "seed": 2**64 - 1}
+    assert (delta["event"], delta["text"], delta["logprobs"][0]["top"]) == (
+        "delta", "a\n", [{"token_id": 9, "logprob": -1.0}],
+    )  # fmt: skip
+    assert (finished["event"], finished["finish_reason"]) == ("finished", "eos")
+
+
+def test_stats_go_to_standard_error(run):
+    done = run("generate", "hi", "--stats")
+    assert done.stdout == "Hello\n"
+    assert re.search(r"3 prompt tokens \(1 cached\), 3 generated, ended by eos; seed 18446744073709551615", done.stderr)
+    assert "queue 1 ms" in done.stderr and "then 4 tokens/s" in done.stderr
+
+
+def test_a_refused_request_is_one_line_and_status_2(run, script, refusal):
+    info = error_details_pb2.ErrorInfo(reason="INVALID_FIELD", domain="attendant")
+    script.fail(refusal(grpc.StatusCode.INVALID_ARGUMENT, "sampling.top_p is 2.0:\nin (0, 1]", info))
+    done = run("generate", "hi", "--top-p", "2")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "attendant: sampling.top_p is 2.0: in (0, 1] [INVALID_FIELD]\n"
+
+
+def test_what_no_request_can_hold_is_refused_before_it_is_sent(run, script):
+    for arguments, said in (
+        (("generate", "hi", "--max-tokens", str(2**40)), "max_tokens: "),
+        (("generate", "hi", "--max-tokens", "many"), "invalid int value"),
+        (("generate", "hi", "--no-such-option"), "unrecognized arguments"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 2 and said in done.stderr
+    done = run("generate", stdin=b"\xff\xfe")
+    assert done.returncode == 2 and done.stderr.startswith("attendant: standard input is not UTF-8")
+    assert script.requests == []
+
+
+def test_without_a_server_one_line_says_where_it_was_looked_for(run, free_port):
+    done = run("models", "--server", f"127.0.0.1:{free_port}")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"attendant: no server answers at 127.0.0.1:{free_port} (")
+    assert done.stderr.count("\n") == 1
+
+
+def test_several_models_must_be_chosen_from(run, script):
+    script.models.append(model_service_pb2.Model(name="other", version=1, state=model_service_pb2.MODEL_STATE_READY))
+    done = run("generate", "hi")
+    assert (done.returncode, done.stderr) == (2, "attendant: choose a model with --model: other, tiny\n")
+    assert run("generate", "hi", "--model", "other").returncode == 0
+    script.models = []
+    assert "no model ready" in run("generate", "hi").stderr
+
+
+def test_models_are_an_aligned_table_with_the_reason_of_a_refusal(run, script):
+    script.models.append(
+        model_service_pb2.Model(
+            name="broken-model",
+            version=12,
+            state=model_service_pb2.MODEL_STATE_UNAVAILABLE,
+            reason="sha256\x1b[31m differs",
+        )
+    )
+    assert run("models").stdout == (
+        "MODEL            STATE        PRECISION  CONTEXT  TASKS     REASON\n"
+        "tiny/1           ready        int8            64  generate\n"
+        "broken-model/12  unavailable                                sha256\\x1b[31m differs\n"
+    )
+    assert [json.loads(line)["name"] for line in run("models", "--json").stdout.splitlines()] == [
+        "tiny",
+        "broken-model",
+    ]
+
+
+def test_tokens_are_shown_as_the_vocabulary_spells_them(run):
+    assert run("tokenize", "a b").stdout == "ID  TOKEN\n 1  a\n 2  Ġb\n"
+    assert json.loads(run("tokenize", "--json", stdin="a b").stdout)["token_ids"] == [1, 2]
+
+
+def test_one_message_is_answered_with_the_system_before_it(run, script):
+    assert run("chat", "hi there", "--system", "Be brief.").stdout == "Hello\n"
+    assert run("chat", stdin="hi there\n").stdout == "Hello\n"
+    turns = [[(m.role, m.content) for m in request.messages.messages] for request in script.requests]
+    assert turns == [[("system", "Be brief."), ("user", "hi there")], [("user", "hi there\n")]]
+
+
+def test_a_conversation_goes_on_after_ctrl_c_and_errors_until_ctrl_d(start, script, terminal, refusal, make_answer):
+    process = on_terminal(start, terminal, "chat")
+    terminal.wait_for("Ctrl-D.*> ")
+    script.hang("thinking")
+    terminal.type("one\n")
+    terminal.wait_for("thinking")
+    terminal.type("\x03")
+    assert script.cancelled.wait(PATIENCE)
+    terminal.wait_for("> ")
+
+    script.fail(refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "full"))
+    terminal.type("two\n")
+    terminal.wait_for("attendant: full .*> ")
+
+    script.generate = lambda request, context: iter(make_answer("fine\x1b[2J"))
+    terminal.type("three\n")
+    terminal.wait_for(r"fine\\x1b\[2J")
+    terminal.wait_for("> ")
+    said = [(m.role, m.content) for m in script.requests[-1].messages.messages]
+    assert said == [("user", "one"), ("assistant", "thinking"), ("user", "three")]
+    terminal.type("\x03")
+    terminal.wait_for("> ")
+    terminal.type("\x04")
+    assert process.wait(PATIENCE) == 0
+
+
+def test_a_terminal_without_a_prompt_is_told_what_to_give(start, terminal):
+    process = on_terminal(start, terminal, "generate")
+    terminal.wait_for("give a prompt as an argument or on standard input")
+    assert process.wait(PATIENCE) == 2
