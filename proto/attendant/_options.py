@@ -63,7 +63,7 @@ def parser(*, generate: Run, chat: Run, models: Run, tokenize: Run, latency: Run
     command.add_argument(
         "--metrics",
         metavar="URL",
-        default=os.environ.get("ATTENDANT_METRICS", "http://localhost:8002/metrics"),
+        default="http://localhost:8002/metrics",
         help="the server's metrics (default: %(default)s)",
     )
     _add_model(command)

@@ -106,9 +106,7 @@ class _TokenPieces(dict[int, str | None]):
             token_id for token, token_id in vocabulary.items() if byte_fallback and _RAW_BYTE.fullmatch(token)
         )
         # Something ordinary to put in front, so that a piece is not decoded as the first one.
-        ordinary = (
-            i for i in sorted(vocabulary.values()) if i not in self._special and i not in self.raw_bytes
-        )
+        ordinary = (i for i in sorted(vocabulary.values()) if i not in self._special and i not in self.raw_bytes)
         self._anchor = next((i for i in ordinary if tokenizer.decode([i]).isalnum()), None)
         self._anchor_text = "" if self._anchor is None else tokenizer.decode([self._anchor])
 
@@ -159,9 +157,7 @@ def _decoder_steps(tokenizer: Tokenizer) -> list[dict[str, Any]]:
     decoder = json.loads(tokenizer.to_str())["decoder"]
 
     def flat(step: dict[str, Any]) -> list[dict[str, Any]]:
-        return (
-            [s for inner in step["decoders"] for s in flat(inner)] if step["type"] == "Sequence" else [step]
-        )
+        return [s for inner in step["decoders"] for s in flat(inner)] if step["type"] == "Sequence" else [step]
 
     return [] if decoder is None else flat(decoder)
 
@@ -171,9 +167,7 @@ def _check_local(steps: list[dict[str, Any]]) -> None:
     kinds = [step["type"] for step in steps]
     if len(kinds) <= 1 and set(kinds) <= {"Metaspace", "WordPiece"}:
         return
-    sentencepiece = re.fullmatch(
-        r"(Replace )*(ByteFallback )?(Fuse )?(Strip )?", "".join(f"{kind} " for kind in kinds)
-    )
+    sentencepiece = re.fullmatch(r"(Replace )*(ByteFallback )?(Fuse )?(Strip )?", "".join(f"{kind} " for kind in kinds))
     strips_little = all(step["start"] <= 1 and step["stop"] == 0 for step in steps if step["type"] == "Strip")
     if not (sentencepiece and strips_little):
         raise BundleError(f"the tokenizer's decoder {kinds} cannot be followed token by token")

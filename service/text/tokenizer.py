@@ -34,9 +34,7 @@ class TextCodec:
         path = directory / vocabulary.file
         self._tokenizer = _load(path)
         self._literal = _load(path)
-        self._literal.encode_special_tokens = (
-            True  # reads special tokens as the characters they are written with
-        )
+        self._literal.encode_special_tokens = True  # reads special tokens as the characters they are written with
         self._size = vocabulary.size
         if (count := self._tokenizer.get_vocab_size()) > vocabulary.size:
             raise BundleError(f"{path}: {count} tokens, but the model knows only {vocabulary.size}")
@@ -137,9 +135,7 @@ class TextCodec:
         used = {character for message in messages for text in message for character in text}
         mark = next((chr(code) for code in _PRIVATE_USE if chr(code) not in used), None)
         if mark is None:
-            raise InvalidField(
-                "messages", "...", "they spell a special token and use every private-use character"
-            )
+            raise InvalidField("messages", "...", "they spell a special token and use every private-use character")
         spellings: list[str] = []
 
         def masked(text: str) -> str:
