@@ -22,6 +22,8 @@ Method = Callable[[Any, Context], Awaitable[Any]]
 Ended = Callable[[str, Message | None, grpc.StatusCode], None]
 """Called with the method's name, the request (None if it could not be parsed) and the code, once for each call."""
 
+_EARLY_SECONDS = 0.1
+
 
 def handlers(service: ServiceDescriptor, servicer: object, ended: Ended | None = None) -> grpc.GenericRpcHandler:
     """Return what a server needs to answer a service's calls with a servicer."""
@@ -67,7 +69,10 @@ def _guarded(name: str, function: Method, ended: Ended) -> Any:
 
 
 def ended_by(context: Context) -> grpc.StatusCode:
-    """Return why gRPC cancelled a call: its deadline passed, or the client went away."""
+    """Return why gRPC cancelled a call: its deadline passed, or the client went away.
+
+    A client gives up at its own deadline, and word of that can be here before ours has passed.
+    """
     remaining = context.time_remaining()
-    expired = remaining is not None and remaining <= 0
+    expired = remaining is not None and remaining <= _EARLY_SECONDS
     return grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED

@@ -1,4 +1,4 @@
-"""The composition root: settings become a running server, and a signal its orderly end.
+"""One server, from its ports to its end.
 
 The ports open first, so that a second server fails at once and probes have somebody to ask. Bundles are loaded one
 after the other in a thread; each is served as soon as it has passed its checks, and one that has not is listed with the
@@ -9,26 +9,25 @@ import asyncio
 import contextlib
 import gc
 import logging
-import os
 import platform
-import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
-import grpc
 import onnxruntime
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 
 from attendant.bundle import BundleError
 from attendant.v1 import inference_service_pb2, model_service_pb2
+from service.app.listening import build_server, open_grpc_port, open_metrics_port
+from service.app.loading import choose, entry_of, load
+from service.app.start_error import StartError
 from service.bundle import BundleRefused, FoundBundle, RefusedBundle, scan
-from service.engine_loop import EngineLoop, EngineOptions
-from service.metrics import MetricsEndpoint, ModelMetrics, ServerMetrics
-from service.rpc.catalog import Entry, ModelCatalog, ServedModel, State
+from service.engine_loop import EngineOptions
+from service.metrics import MetricsEndpoint, ServerMetrics
+from service.rpc.catalog import Entry, ModelCatalog, State
 from service.rpc.health import HealthService
 from service.rpc.inference import InferenceService
 from service.rpc.models import ModelService
@@ -36,19 +35,12 @@ from service.rpc.readiness import INFERENCE_SERVICE, MODEL_SERVICE, health_of
 from service.rpc.registration import handlers
 from service.rpc.workers import TextWorkers
 from service.settings import Settings
-from service.text import TextCodec
 
 logger = logging.getLogger(__name__)
 
 _WATCH_SECONDS = 1.0
 _LOOP_STUCK_SECONDS = 30.0
 _LAST_WORDS_SECONDS = 2.0
-_WATCHDOG_SECONDS = 15.0
-_MAX_STREAMS_PER_CONNECTION = 1000
-
-
-class StartError(Exception):
-    """The server cannot start; the message says why."""
 
 
 class App:
@@ -67,7 +59,8 @@ class App:
         self.metrics.build_info.labels(version("attendant"), platform.python_version(), onnxruntime.__version__).set(1)
         self._health = HealthService()
         self._workers = TextWorkers(settings.text_threads, settings.max_waiting_requests)
-        self._server = self._build_server()
+        self._server = build_server(settings)
+        self._add_services()
         self._endpoint: MetricsEndpoint | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._is_loading = True
@@ -90,7 +83,13 @@ class App:
             StartError: there is nothing to load, or a port is taken.
         """
         to_load = self._survey()
-        self._open_ports()
+        self.port = open_grpc_port(self._server, self._settings)
+        self._endpoint = open_metrics_port(
+            self.metrics.registry,
+            self._settings,
+            alive=self._is_alive,
+            ready=lambda: self._health.is_healthy("readiness"),
+        )
         self._refresh()
         await self._server.start()
         self._announce(
@@ -114,7 +113,7 @@ class App:
             found = scan(self._settings.repository)
         except NotADirectoryError as error:
             raise StartError(str(error)) from error
-        chosen = _choose(found, self._settings.models)
+        chosen = choose(found, self._settings.models)
         if not chosen:
             raise StartError(f"repository {self._settings.repository} holds no bundle")
         to_load = []
@@ -122,57 +121,22 @@ class App:
             if isinstance(bundle, RefusedBundle):
                 self._refuse(Entry(name=bundle.name, version=bundle.version, state=State.LOADING), bundle.reason)
             else:
-                self.catalog.put(_entry(bundle, State.LOADING))
+                self.catalog.put(entry_of(bundle, State.LOADING))
                 to_load.append(bundle)
         return to_load
 
-    def _build_server(self) -> grpc.aio.Server:
+    def _add_services(self) -> None:
         settings = self._settings
-        server = grpc.aio.server(
-            options=[
-                ("grpc.so_reuseport", 0),  # or a second server would silently share the port
-                ("grpc.max_receive_message_length", int(settings.max_message_bytes)),
-                ("grpc.max_send_message_length", int(settings.max_message_bytes)),
-                ("grpc.max_concurrent_streams", _MAX_STREAMS_PER_CONNECTION),
-                ("grpc.keepalive_time_ms", int(settings.keepalive_seconds * 1000)),
-                ("grpc.keepalive_timeout_ms", int(settings.keepalive_timeout_seconds * 1000)),
-                ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-            ]
-        )
         inference = InferenceService(self.catalog, self._workers, self.metrics, settings.max_prompt_bytes)
         services: list[tuple[Any, object, Any]] = [
             (inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"], inference, inference.ended),
             (model_service_pb2.DESCRIPTOR.services_by_name["ModelService"], ModelService(self.catalog), None),
             (health_pb2.DESCRIPTOR.services_by_name["Health"], self._health, None),
         ]
-        server.add_generic_rpc_handlers([handlers(*service) for service in services])
+        self._server.add_generic_rpc_handlers([handlers(*service) for service in services])
         if settings.reflection:
             names = (INFERENCE_SERVICE, MODEL_SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, server)
-        return server
-
-    def _open_ports(self) -> None:
-        host, settings = self._settings.host, self._settings
-        address = f"[{host}]" if ":" in host else host
-        try:
-            self.port = self._server.add_insecure_port(f"{address}:{settings.port}")
-        except RuntimeError as error:
-            raise StartError(
-                f"cannot listen on {address}:{settings.port} (--port): is another server there? ({error})"
-            ) from error
-        try:
-            self._endpoint = MetricsEndpoint(
-                self.metrics.registry,
-                host=host,
-                port=settings.metrics_port,
-                alive=self._is_alive,
-                ready=lambda: self._health.is_healthy("readiness"),
-            )
-        except OSError as error:
-            raise StartError(
-                f"cannot listen on {address}:{settings.metrics_port} (--metrics-port): {error.strerror}"
-            ) from error
+            reflection.enable_server_reflection(names, self._server)
 
     # Loading
 
@@ -195,10 +159,10 @@ class App:
         self._refresh()
 
     async def _load_one(self, bundle: FoundBundle, options: EngineOptions) -> None:
-        entry = _entry(bundle, State.LOADING)
+        entry = entry_of(bundle, State.LOADING)
         metrics = self.metrics.model(entry.key, bundle.manifest.limits.max_model_len)
         try:
-            served = await asyncio.to_thread(_load, bundle, self._settings.provider, options, metrics)
+            served = await asyncio.to_thread(load, bundle, self._settings.provider, options, metrics)
         except (BundleRefused, BundleError, ValueError) as error:
             self._refuse(entry, str(error))
             return
@@ -207,7 +171,7 @@ class App:
             self._refuse(entry, "loading it failed unexpectedly; the server's log says more")
             return
         served.engine.start()
-        self.catalog.put(_entry(bundle, State.READY, served=served))
+        self.catalog.put(entry_of(bundle, State.READY, served=served))
         manifest = bundle.manifest
         metrics.loaded(
             served.load_seconds,
@@ -256,6 +220,8 @@ class App:
         settings = self._settings
         hurry = hurry or asyncio.Event()
         self._is_draining = True
+        if self._tasks:
+            self._tasks[0].cancel()  # nothing more is loaded
         self._refresh()
         await _sleep(settings.drain_delay_seconds, hurry)
         self._health.close()
@@ -270,51 +236,17 @@ class App:
         left = 0.0 if hurry.is_set() else deadline - time.monotonic()
         await self._server.stop(max(left, _LAST_WORDS_SECONDS))
         await stopping
-        for task in self._tasks:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        await self._cancel_tasks()
         self._workers.close()
         if self._endpoint is not None:
             self._endpoint.close()
 
-
-def _choose(found: Sequence[FoundBundle | RefusedBundle], wanted: Sequence[str]) -> list[FoundBundle | RefusedBundle]:
-    """Return the bundles that were asked for: all, or by "name" (the newest version) or "name/version"."""
-    by_key = {f"{name}/{number}": bundle for bundle in found for name, number in (_name_of(bundle),)}
-    newest = {name: bundle for bundle in found for name, _ in (_name_of(bundle),)}  # `found` rises by version
-    if not wanted:
-        return list(found)
-    unknown = [model for model in wanted if model not in by_key and model not in newest]
-    if unknown:
-        raise StartError(f"--models: no bundle {', '.join(unknown)}; known: {', '.join(by_key) or 'none'}")
-    chosen = {_name_of(bundle): bundle for model in wanted for bundle in (by_key.get(model) or newest[model],)}
-    return list(chosen.values())
-
-
-def _name_of(bundle: FoundBundle | RefusedBundle) -> tuple[str, int]:
-    if isinstance(bundle, RefusedBundle):
-        return bundle.name, bundle.version
-    return bundle.manifest.name, bundle.manifest.version
-
-
-def _entry(bundle: FoundBundle, state: State, served: ServedModel | None = None) -> Entry:
-    manifest = bundle.manifest
-    return Entry(name=manifest.name, version=manifest.version, state=state, found=bundle, served=served)
-
-
-def _load(bundle: FoundBundle, provider: str, options: EngineOptions, metrics: ModelMetrics) -> ServedModel:
-    """Verify and load one bundle; blocks for seconds."""
-    started = time.perf_counter()
-    manifest = bundle.manifest
-    if manifest.target != provider:
-        raise BundleRefused(f"it was made for {manifest.target}, this server runs on {provider}")
-    if manifest.vocabulary is None:
-        raise BundleRefused("it has no vocabulary: this build serves text generation")
-    engine = EngineLoop.load(bundle, options, metrics)
-    codec = TextCodec(bundle.directory, manifest.vocabulary)
-    seconds = time.perf_counter() - started
-    return ServedModel(found=bundle, engine=engine, codec=codec, metrics=metrics, load_seconds=seconds)
+    async def _cancel_tasks(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        for error in await asyncio.gather(*self._tasks, return_exceptions=True):
+            if isinstance(error, Exception):
+                logger.error("a task of the server failed", exc_info=error)
 
 
 async def _sleep(seconds: float, hurry: asyncio.Event) -> None:
@@ -330,45 +262,3 @@ async def _first_of(work: "asyncio.Future[Any]", hurry: asyncio.Event) -> None:
         waiter.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await work
-
-
-async def serve(settings: Settings, announce: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or SIGINT, then drain; a second signal ends the draining.
-
-    Raises:
-        StartError: the server cannot start.
-    """
-    stop, hurry = asyncio.Event(), asyncio.Event()
-
-    def on_signal() -> None:
-        if stop.is_set():
-            hurry.set()
-        stop.set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
-    app = App(settings, announce)
-    try:
-        await app.start()
-        await _until_loaded(app, stop)
-        await stop.wait()
-    finally:
-        _start_watchdog(settings.drain_delay_seconds + settings.drain_seconds + _WATCHDOG_SECONDS)
-        await app.stop(hurry)
-
-
-async def _until_loaded(app: App, stop: asyncio.Event) -> None:
-    loaded, stopped = asyncio.create_task(app.wait_loaded()), asyncio.create_task(stop.wait())
-    done, _ = await asyncio.wait([loaded, stopped], return_when=asyncio.FIRST_COMPLETED)
-    for waiter in (loaded, stopped):
-        waiter.cancel()
-    if loaded in done:
-        loaded.result()
-
-
-def _start_watchdog(seconds: float) -> None:
-    """End the process hard if draining hangs: a container that does not leave is killed without a word."""
-    watchdog = threading.Timer(seconds, os._exit, (1,))
-    watchdog.daemon = True
-    watchdog.start()

@@ -1,0 +1,59 @@
+"""Which bundles to load, and loading one."""
+
+import time
+from collections.abc import Sequence
+
+from service.app.start_error import StartError
+from service.bundle import BundleRefused, FoundBundle, RefusedBundle
+from service.engine_loop import EngineLoop, EngineOptions
+from service.metrics import ModelMetrics
+from service.rpc.catalog import Entry, ServedModel, State
+from service.text import TextCodec
+
+
+def choose(found: Sequence[FoundBundle | RefusedBundle], wanted: Sequence[str]) -> list[FoundBundle | RefusedBundle]:
+    """Return the bundles that were asked for: all, or by "name" (the newest version) or "name/version".
+
+    Raises:
+        StartError: there is no such bundle.
+    """
+    by_key = {"/".join(map(str, _name_and_version(bundle))): bundle for bundle in found}
+    newest = {_name_and_version(bundle)[0]: bundle for bundle in found}  # `found` rises by version
+    if not wanted:
+        return list(found)
+    unknown = [model for model in wanted if model not in by_key and model not in newest]
+    if unknown:
+        raise StartError(f"--models: no bundle {', '.join(unknown)}; known: {', '.join(by_key) or 'none'}")
+    chosen = [by_key.get(model) or newest[model] for model in wanted]
+    return list({_name_and_version(bundle): bundle for bundle in chosen}.values())
+
+
+def entry_of(bundle: FoundBundle, state: State, served: ServedModel | None = None) -> Entry:
+    """Return what the catalog says of a bundle."""
+    manifest = bundle.manifest
+    return Entry(name=manifest.name, version=manifest.version, state=state, found=bundle, served=served)
+
+
+def load(bundle: FoundBundle, provider: str, options: EngineOptions, metrics: ModelMetrics) -> ServedModel:
+    """Verify and load one bundle; blocks for seconds.
+
+    Raises:
+        BundleRefused, BundleError: it is not fit to be served here.
+        ValueError: the KV memory is too small for it.
+    """
+    started = time.perf_counter()
+    manifest = bundle.manifest
+    if manifest.target != provider:
+        raise BundleRefused(f"it was made for {manifest.target}, this server runs on {provider}")
+    if manifest.vocabulary is None:
+        raise BundleRefused("it has no vocabulary: this build serves text generation")
+    engine = EngineLoop.load(bundle, options, metrics)
+    codec = TextCodec(bundle.directory, manifest.vocabulary)
+    seconds = time.perf_counter() - started
+    return ServedModel(found=bundle, engine=engine, codec=codec, metrics=metrics, load_seconds=seconds)
+
+
+def _name_and_version(bundle: FoundBundle | RefusedBundle) -> tuple[str, int]:
+    if isinstance(bundle, RefusedBundle):
+        return bundle.name, bundle.version
+    return bundle.manifest.name, bundle.manifest.version
