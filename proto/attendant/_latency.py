@@ -67,17 +67,17 @@ def latency_table(text: str, *, model: str | None = None) -> str | None:
     lengths = sorted({length for found in histograms.values() for length, h in found.items() if h.count})
     if not lengths:
         return None
-    header = ["tokens", *(f"{what} {column}" for what in METRICS for column in ("count", *QUANTILES))]
-    lower = dict(zip(lengths[1:], lengths, strict=False))
-    rows = []
+    titles = ["", *(title for what in METRICS for title in (what, *("" for _ in QUANTILES)))]
+    rows = [["tokens", *(["count", *QUANTILES] * len(METRICS))]]
+    shorter = dict(zip(lengths[1:], lengths, strict=False))
     for length in lengths:
-        cells = [f"<= {length:g}" if length < inf else f"> {lower.get(length, 0):g}"]
+        cells = [f"<= {length:g}" if length < inf else f"> {shorter.get(length, 0):g}"]
         for metric in METRICS.values():
             histogram = histograms[metric].get(length, Histogram())
             cells.append(str(histogram.count))
             cells += [_show(histogram, q) for q in QUANTILES.values()]
         rows.append(cells)
-    return table(header, rows, right=header)
+    return table(titles, rows, right=titles)
 
 
 def _show(histogram: Histogram, q: float) -> str:
