@@ -52,7 +52,7 @@ proto: $(READY) ## generate messages and stubs from the .proto files
 	$(call generate,proto)
 
 baseline: $(READY) ## accept the contracts as they are: later changes must not break these
-	$(BIN)/buf build proto -o proto/baseline.binpb
+	$(BIN)/buf build proto --exclude-source-info -o proto/baseline.binpb
 
 define generate
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=$(1) --pyi_out=$(1) $(PROTOS)

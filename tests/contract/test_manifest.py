@@ -1,0 +1,201 @@
+"""The manifest schema refuses whatever it does not know or cannot believe."""
+
+import copy
+import hashlib
+import json
+
+import pytest
+
+from attendant.bundle import BundleError, GraphKind, Manifest, Role, StateRule, read_manifest
+
+SHA = "0" * 64
+KV = ["rows", 2, "capacity", 8]
+
+
+def manifest() -> dict:
+    """A small decoder's manifest as JSON has it."""
+    tensor = lambda name, role, dtype, axes: {"name": name, "role": role, "dtype": dtype, "axes": axes}  # noqa: E731
+    return {
+        "schema_version": 1,
+        "name": "tiny",
+        "version": 3,
+        "family": "decoder",
+        "tasks": ["generate"],
+        "precision": "fp32",
+        "target": "cpu",
+        "limits": {"max_model_len": 64},
+        "vocabulary": {"file": "tokenizer.json", "size": 320, "eos_token_ids": [2]},
+        "graphs": [
+            {
+                "kind": "step",
+                "file": "step.onnx",
+                "data": "step.onnx.data",
+                "inputs": [
+                    tensor("token_ids", "token_ids", "int64", ["rows", "tokens"]),
+                    tensor("lengths", "lengths", "int32", ["rows"]),
+                    tensor("past.0.key", "state", "float32", KV),
+                ],
+                "outputs": [
+                    tensor("logits", "logits", "float32", ["logit_rows", 320]),
+                    tensor("present.0.key", "state", "float32", KV),
+                ],
+            }
+        ],
+        "states": [
+            {
+                "name": "0.key",
+                "rule": "append",
+                "dtype": "float32",
+                "axes": KV,
+                "input": "past.0.key",
+                "output": "present.0.key",
+            }
+        ],
+        "files": [
+            {"name": name, "bytes": 1, "sha256": SHA}
+            for name in ("step.onnx", "step.onnx.data", "tokenizer.json", "golden.npz")
+        ],
+        "golden": {
+            "file": "golden.npz",
+            "bound": 1e-4,
+            "log_likelihood_bound": 0.01,
+            "bitwise": False,
+            "bitwise_on": ["x86_64"],
+        },
+        "certificate": {"checks": [{"name": "parity", "measured": 1e-6, "bound": 1e-4, "grid": "1-64"}]},
+        "provenance": {"source": "random", "licence": "Apache-2.0"},
+        "producer": {"versions": {"torch": "2"}, "created": "2026-11-21"},
+    }
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(content: dict | str | bytes):
+        text = json.dumps(content) if isinstance(content, dict) else content
+        (tmp_path / "manifest.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+        return tmp_path
+
+    return write
+
+
+def edited(path: str, value: object) -> dict:
+    """The manifest with one value put in at a dotted path; None removes it."""
+    content = copy.deepcopy(manifest())
+    *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+    place = content
+    for parent in parents:
+        place = place[parent]
+    if value is None:
+        del place[last]
+    else:
+        place[last] = value
+    return content
+
+
+def test_a_good_manifest_is_read_with_its_identity(write):
+    directory = write(manifest())
+    read, identity = read_manifest(directory)
+    assert (read.key, read.limits.max_model_len) == ("tiny/3", 64)
+    assert identity == hashlib.sha256((directory / "manifest.json").read_bytes()).hexdigest()
+    step = read.graph(GraphKind.STEP)
+    assert step.input(Role.LENGTHS).name == "lengths" and step.output(Role.HIDDEN) is None
+    assert read.graph(GraphKind.ENCODE) is None and read.states[0].rule is StateRule.APPEND
+
+
+def test_what_is_written_is_read_back_the_same(write):
+    read, _ = read_manifest(write(manifest()))
+    again, _ = read_manifest(write(read.to_json()))
+    assert again == read
+    assert read.to_json() == again.to_json()
+
+
+def test_it_cannot_be_changed():
+    read = Manifest.model_validate_json(json.dumps(manifest()))
+    with pytest.raises(ValueError, match="frozen"):
+        read.version = 4
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("comment", "hello", "comment: Extra inputs"),
+        ("graphs.0.inputs.0.shape", [1], "shape: Extra inputs"),
+        ("schema_version", 2, "schema_version"),
+        ("name", "Tiny Model", "name: "),
+        ("name", "../tiny", "name: "),
+        ("version", 0, "version: "),
+        ("version", "3", "version: "),
+        ("version", 3.0, "version: "),
+        ("family", "oracle", "family: "),
+        ("tasks", ["generate", "sing"], "tasks.1: "),
+        ("precision", "int3", "precision: "),
+        ("limits", None, "limits: Field required"),
+        ("limits.max_model_len", 1, "max_model_len: "),
+        ("graphs", [], "graphs: "),
+        ("graphs.0.file", "../step.onnx", "file: "),
+        ("graphs.0.file", "other.onnx", "differ"),
+        ("graphs.0.inputs.0.axes", ["rows", "time"], "unknown axis 'time'"),
+        ("graphs.0.inputs.0.axes", ["rows", 0], "axis 0 is not positive"),
+        ("graphs.0.inputs.0.dtype", "int128", "dtype: "),
+        ("graphs.0.inputs.0.role", "magic", "role: "),
+        ("graphs.0.inputs.1.name", "token_ids", "names repeat"),
+        ("graphs.0.outputs.1.axes", ["rows", 4, "capacity", 8], "differ in dtype or axes"),
+        ("graphs.0.inputs.2.dtype", "float16", "differ in dtype or axes"),
+        ("graphs.0.kind", "encode", "needs a step graph and a vocabulary"),
+        ("vocabulary", None, "differ"),
+        ("states", [], "state inputs differ"),
+        ("states.0.output", None, "no output"),
+        ("states.0.rule", "replace", "axis 'capacity'"),
+        ("states.0.axes", ["capacity", 2, "rows", 8], "first axis"),
+        ("states.0.input", "past.1.key", "inputs differ"),
+        ("states.0.window", 0, "window: "),
+        ("files.0.sha256", "abc", "sha256: "),
+        ("files.0.bytes", -1, "bytes: "),
+        ("files.3", {"name": "extra.bin", "bytes": 1, "sha256": SHA}, "differ"),
+        ("certificate", None, "certificate: Field required"),
+        ("certificate.checks", [], "checks: "),
+        ("certificate.checks.0.measured", 2e-4, "check parity failed: 0.0002 > 0.0001"),
+        ("certificate.checks.0.measured", "NaN", "measured: Input should be a valid number"),
+        ("golden", None, "golden: Field required"),
+        ("golden.bound", 0.0, "bound: "),
+        ("provenance.licence", None, "licence: Field required"),
+        ("sampling_defaults", {"temperature": 11.0}, "temperature: "),
+    ],
+)
+def test_one_wrong_value_is_named_with_the_file(write, path, value, said):
+    with pytest.raises(BundleError, match=r"manifest\.json: ") as refused:
+        read_manifest(write(edited(path, value)))
+    assert said in str(refused.value)
+
+
+def test_a_quality_beyond_its_bound_is_no_certificate(write):
+    quality = {
+        "perplexity": 10.3,
+        "reference_perplexity": 10.0,
+        "relative_increase": 0.03,
+        "standard_error": 0.001,
+        "num_tokens": 16384,
+        "text": "some text",
+        "bound": 0.015,
+    }
+    assert read_manifest(write(edited("certificate.quality", quality | {"relative_increase": 0.01})))
+    with pytest.raises(BundleError, match=r"perplexity rose by 3\.00%, allowed 1\.50%"):
+        read_manifest(write(edited("certificate.quality", quality)))
+
+
+def test_two_graphs_of_one_kind_are_one_too_many(write):
+    content = manifest()
+    content["graphs"] *= 2
+    with pytest.raises(BundleError, match="one graph of each kind"):
+        read_manifest(write(content))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", b"\xff", '{"name": "tiny", "name": "tiny"}', "{" * 5000])
+def test_what_is_no_manifest_is_refused(write, content):
+    with pytest.raises(BundleError, match=r"manifest\.json: "):
+        read_manifest(write(content))
+
+
+def test_a_missing_manifest_is_refused(tmp_path):
+    with pytest.raises(BundleError, match="No such file"):
+        read_manifest(tmp_path)
