@@ -23,7 +23,7 @@ from attendant._terminal import duration, visible
 MODEL = "smollm2-135m"
 QUESTION = "Explain in three sentences what attention means in a neural network."
 PROMPT_WORDS = (10, 20, 40, 80, 160, 320, 640, 1200)
-REQUESTS_OF_EACH = 6
+REQUESTS_OF_EACH = 4
 ANSWER_TOKENS = 32
 START_SECONDS = 120
 STOP_SECONDS = 60
