@@ -32,6 +32,7 @@ test-all: bundles ## prove it, the slow tests included
 	$(BIN)/python -m pytest -m "not gpu"
 
 gpu-test: $(READY) ## the tests that need a CUDA device
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "no CUDA device is found")'
 	$(BIN)/python -m pytest -m gpu
 
 bench: bundles ## tokens a second, the engine alone and through gRPC
