@@ -49,7 +49,8 @@ class ContextLengthExceeded(AttendantError):
 
     def __init__(self, *, prompt_tokens: int, max_tokens: int, limit: int, limit_name: str) -> None:
         super().__init__(
-            f"prompt of {prompt_tokens} tokens + sampling.max_tokens {max_tokens} exceed {limit_name} of {limit} tokens",
+            f"prompt of {prompt_tokens} tokens + sampling.max_tokens {max_tokens} "
+            f"exceed {limit_name} of {limit} tokens",
             {"prompt_tokens": str(prompt_tokens), "max_tokens": str(max_tokens), limit_name: str(limit)},
         )
 
