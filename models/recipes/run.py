@@ -1,0 +1,55 @@
+"""Runs a recipe by its name: reads its configuration, guards its directory, remembers what it was started with."""
+
+import importlib
+import json
+import tomllib
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from models.training.config import ConfigError, from_table
+
+RECIPES = ("lm",)
+CONFIG = "recipe.json"
+
+
+def train(
+    name: str, *, directory: Path, config_file: Path | None = None, seed: int | None = None, resume: bool = False
+) -> dict[str, float]:
+    """Run the recipe `name` in `directory` and return the figures of its last evaluation.
+
+    Args:
+        name: one of `RECIPES`.
+        directory: where everything of the run is written; new, unless it is resumed.
+        config_file: TOML; the recipe's own file when None.
+        seed: in place of the configuration's.
+        resume: continue the run that `directory` holds; it gives the same result as one without interruption.
+
+    Raises:
+        ConfigError: the configuration is wrong, or differs from that of the run to be resumed.
+        FileExistsError: the directory holds a run, and `resume` is false.
+        FileNotFoundError: the configuration file or its text is missing, or there is no run to resume.
+    """
+    recipe = importlib.import_module(f"models.recipes.{name}")
+    path = Path(__file__).with_name(f"{name}.toml") if config_file is None else config_file
+    try:
+        config = from_table(recipe.CONFIG, tomllib.loads(path.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, ConfigError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if seed is not None:
+        config = replace(config, run=replace(config.run, seed=seed))
+    _open(directory, {"recipe": name, **asdict(config)}, resume=resume)
+    return recipe.run(config, directory)
+
+
+def _open(directory: Path, document: dict[str, object], *, resume: bool) -> None:
+    path = directory / CONFIG
+    if resume:
+        if not path.is_file():
+            raise FileNotFoundError(f"{directory} holds no run to resume")
+        if json.loads(path.read_text(encoding="utf-8")) != document:
+            raise ConfigError(f"the configuration differs from that of the run in {directory}, {path}")
+        return
+    if directory.exists() and any(directory.iterdir()):
+        raise FileExistsError(f"{directory} is not empty; resume its run, or choose another directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
