@@ -27,8 +27,8 @@ from attendant.v1.model_service_pb2_grpc import ModelServiceStub
 class AsyncGenerateStream:
     """One answer as it comes: iterate for its text, `events()` for everything, `result()` for the whole.
 
-    All three go on where the one before stopped reading. Breaking off an iteration, `cancel()`, and the end
-    of an `async with` block cancel an unfinished answer.
+    They share what has been read: after a loop over the text, `result()` is at hand. Leaving an iteration early,
+    `cancel()`, and the end of an `async with` block cancel an unfinished answer.
     """
 
     def __init__(self, call: Any) -> None:

@@ -50,8 +50,8 @@ PAGE_SIZE = 100
 class GenerateStream:
     """One answer as it comes: iterate for its text, `events()` for everything, `result()` for the whole.
 
-    All three go on where the one before stopped reading. Breaking off an iteration, `cancel()`, and the end
-    of a `with` block cancel an unfinished answer.
+    They share what has been read: after a loop over the text, `result()` is at hand. Leaving an iteration early,
+    `cancel()`, and the end of a `with` block cancel an unfinished answer.
     """
 
     def __init__(self, call: Any) -> None:
