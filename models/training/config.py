@@ -63,8 +63,6 @@ def from_table(cls: type[T], table: Mapping[str, Any], path: str = "") -> T:
     values = {name: _value(types[name], value, f"{path}{name}") for name, value in table.items()}
     try:
         return cls(**values)
-    except ConfigError:
-        raise
     except ValueError as error:
         raise ConfigError(f"{path}{error}") from error
 

@@ -114,6 +114,20 @@ def test_rows_of_a_state_can_be_reordered_and_repeated(variant):
         assert_same(logits[row], decoder(alone)[0, -4:])
 
 
+@ALL
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_other_precisions_stay_close_to_float32_with_state_too(variant, dtype):
+    decoder, token_ids = decoder_of(variant), tokens(2, 12)
+    expected = decoder(token_ids)
+    decoder.to(dtype)
+    logits, state = decoder(token_ids[:, :7], decoder.initial_state(2, 12))
+    later, state = decoder(token_ids[:, 7:], state)
+    assert {tensor.dtype for tensor in state.tensors.values()} == {logits.dtype} == {dtype}
+    error = (torch.cat((logits, later), 1).float() - expected).abs().max() / expected.abs().max()
+    assert error < {torch.float64: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}[dtype]
+
+
 @torch.no_grad()
 def test_a_step_leaves_the_state_it_was_given():
     decoder, token_ids = decoder_of("llama"), tokens(2, 8)
