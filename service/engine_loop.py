@@ -331,8 +331,13 @@ class EngineLoop:
             metrics.step("decode", real, real, len(plan.rows) - real, result.decode_seconds)
         if plan.chunk is not None:
             metrics.step("prefill", 1, len(plan.chunk.token_ids), 0, result.prefill_seconds)
-        metrics.occupancy(snapshot.num_waiting, snapshot.num_running, snapshot.reserved, snapshot.config.kv_budget)
+        self._publish_occupancy(snapshot)
         self._note_idle()
+
+    def _publish_occupancy(self, snapshot: Snapshot) -> None:
+        self._metrics.occupancy(
+            snapshot.num_waiting, snapshot.num_running, snapshot.reserved, snapshot.config.kv_budget
+        )
 
     def _observe(self, event: TokenEvent) -> None:
         num_prompt = len(event.request.prompt)
@@ -371,7 +376,9 @@ class EngineLoop:
                 if isinstance(command, Request):
                     self._scheduler.add(command)
                 elif isinstance(command, _Cancel):
-                    self._scheduler.cancel(command.request_id)
+                    if self._scheduler.cancel(command.request_id):
+                        # Nothing may follow that would say so.
+                        self._call_soon(self._publish_occupancy, self._scheduler.snapshot())
                 else:
                     return False
         except queue.Empty:
