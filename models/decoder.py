@@ -150,16 +150,7 @@ class Decoder(nn.Module):
         Raises:
             ValueError: a row would outgrow the state or max_model_len, or lengths do not fit token_ids.
         """
-        limit = self.config.max_model_len
-        if state is None:
-            chunk = Chunk.of(token_ids, lengths)
-            if chunk.num_tokens > limit:
-                raise ValueError(f"token_ids has {chunk.num_tokens} tokens; max_model_len is {limit}")
-        else:
-            chunk = Chunk.of(token_ids, lengths, state.lengths)
-            longest = int((chunk.start + chunk.lengths).amax()) if len(token_ids) else 0
-            if longest > state.capacity:
-                raise ValueError(f"a row would hold {longest} tokens; the state's capacity is {state.capacity}")
+        chunk = self._chunk(token_ids, state, lengths)
         x = self._embed(token_ids, chunk)
         present: dict[str, Tensor] = {}
         for index, layer in enumerate(self.layers):
@@ -175,13 +166,27 @@ class Decoder(nn.Module):
 
     def attention_weights(self, token_ids: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
         """Return each layer's attention weights (B, H, T, T) over token_ids (B, T)."""
-        chunk = Chunk.of(token_ids, lengths)
+        chunk = self._chunk(token_ids, None, lengths)
         x, weights = self._embed(token_ids, chunk), []
         for layer in self.layers:
             attended = layer(x, chunk, need_weights=True)
             x = attended.output
             weights.append(attended.weights)
         return weights
+
+    def _chunk(self, token_ids: Tensor, state: State | None, lengths: Tensor | None) -> Chunk:
+        """Place the new tokens after what their rows consumed, within the limits."""
+        if state is None:
+            if token_ids.shape[1] > self.config.max_model_len:
+                raise ValueError(
+                    f"token_ids has {token_ids.shape[1]} tokens; max_model_len is {self.config.max_model_len}"
+                )
+            return Chunk.of(token_ids, lengths)
+        chunk = Chunk.of(token_ids, lengths, state.lengths)
+        longest = int((chunk.start + chunk.lengths).amax()) if len(token_ids) else 0
+        if longest > state.capacity:
+            raise ValueError(f"a row would hold {longest} tokens; the state's capacity is {state.capacity}")
+        return chunk
 
     def _embed(self, token_ids: Tensor, chunk: Chunk) -> Tensor:
         x = self.token_embedding(token_ids)

@@ -185,6 +185,8 @@ def test_sequences_beyond_the_limits_are_refused():
     decoder = decoder_of("gpt2")
     with pytest.raises(ValueError, match="token_ids has 49 tokens; max_model_len is 48"):
         decoder(tokens(1, 49))
+    with pytest.raises(ValueError, match="max_model_len is 48"):
+        decoder.attention_weights(tokens(1, 49))
     for capacity in (0, 49):
         with pytest.raises(ValueError, match=rf"capacity is {capacity}; it must lie in 1\.\.48"):
             decoder.initial_state(1, capacity)
