@@ -52,7 +52,7 @@ class TextCodec:
 
     def encode_prompt(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Return the ids of a text, by default with the special tokens that belong around a prompt."""
-        ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        ids = _encode(self._tokenizer, text, add_special_tokens=add_special_tokens)
         return (*self._leading, *ids) if add_special_tokens else tuple(ids)
 
     def encode_messages(self, messages: Sequence[tuple[str, str]]) -> tuple[str, tuple[int, ...]]:
@@ -72,7 +72,7 @@ class TextCodec:
         if any(self._mentions_special(text) for message in messages for text in message):
             return self._encode_guarded(self._template, messages)
         rendered = self._template.render(messages)
-        return rendered, tuple(self._tokenizer.encode(rendered, add_special_tokens=False).ids)
+        return rendered, tuple(_encode(self._tokenizer, rendered))
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of token ids; an incomplete character becomes U+FFFD.
@@ -81,7 +81,7 @@ class TextCodec:
             InvalidField: an id is not of the vocabulary.
         """
         self.check_ids(token_ids)
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return self._tokenizer.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)[0]
 
     def check_ids(self, token_ids: Sequence[int], field: str = "token_ids") -> None:
         """Raise InvalidField, naming `field` and the position, if an id is not of the model's vocabulary."""
@@ -103,7 +103,7 @@ class TextCodec:
             return ()
         if vocabulary.bos_token_id is None:
             raise BundleError("vocabulary: add_bos without a bos_token_id")
-        added = self._tokenizer.encode("", add_special_tokens=True).ids
+        added = _encode(self._tokenizer, "", add_special_tokens=True)
         return () if added[:1] == [vocabulary.bos_token_id] else (vocabulary.bos_token_id,)
 
     def _chat_template(self, vocabulary: Vocabulary) -> ChatTemplate | None:
@@ -154,7 +154,7 @@ class TextCodec:
             if i % 2:
                 ids.append(self._special_ids[piece])
             elif piece:
-                ids += self._literal.encode(unmasked(piece), add_special_tokens=False).ids
+                ids += _encode(self._literal, unmasked(piece))
         return unmasked(rendered), tuple(ids)
 
 
@@ -166,6 +166,11 @@ def _load(path: Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def _encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = False) -> list[int]:
+    """Return the ids of a text; as a batch of one, because only batches let other threads run meanwhile."""
+    return tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
 
 def _one_of(strings: Iterable[str]) -> re.Pattern[str]:

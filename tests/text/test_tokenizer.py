@@ -1,7 +1,10 @@
 """Prompts and conversations become the ids that the model was trained on, and nothing a message says is a command."""
 
 import datetime
+import itertools
 import json
+import threading
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -177,3 +180,27 @@ def test_a_bundle_whose_text_side_is_broken_is_refused(open_codec, smollm2, tmp_
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(BundleError, match="not a tokenizer"):
         TextCodec(tmp_path, Vocabulary(file="other.json", size=10))
+
+
+def longest_pause(work) -> float:
+    """How long this thread was held up, at worst, while another one did the work, in seconds."""
+    stamps = [time.perf_counter()]
+    thread = threading.Thread(target=work)
+    thread.start()
+    while thread.is_alive():
+        stamps.append(time.perf_counter())
+        thread.join(0.001)
+    return max(after - before for before, after in itertools.pairwise(stamps))
+
+
+@pytest.mark.parametrize("text", ["word " * 50_000, "a" * 250_000, "<|im_end|>" * 25_000])
+def test_other_threads_run_while_a_long_text_is_tokenised(smollm2_codec, text):
+    """The event loop must not wait for somebody's 250 kB; measured: 2 to 20 ms of 100 to 300. Best of three."""
+
+    def work():
+        return smollm2_codec.encode_messages([("user", text)])
+
+    begin = time.perf_counter()
+    work()
+    whole = time.perf_counter() - begin
+    assert min(longest_pause(work) for _ in range(3)) < whole / 3
