@@ -145,6 +145,12 @@ def smollm2(smollm2_metadata: dict[str, object]) -> Tokenizer:
     return tokenizer
 
 
+@pytest.fixture(scope="session")
+def small() -> Tokenizer:
+    """A tokenizer that costs nothing to load, for what does not depend on the tokenizer."""
+    return byte_level()
+
+
 @pytest.fixture(scope="session", params=["smollm2", *KINDS])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     """One tokenizer of each kind."""

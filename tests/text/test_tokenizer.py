@@ -23,13 +23,22 @@ CHATML = (
 )
 
 
-@pytest.fixture
-def smollm2_codec(open_codec, smollm2, smollm2_metadata):
-    template = smollm2_metadata["tokenizer.chat_template"]
-    return open_codec(smollm2, bos_token_id=1, eos_token_ids=(2,), pad_token_id=2, chat_template=template)
+@pytest.fixture(scope="session")
+def smollm2_codec(smollm2, smollm2_metadata, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("smollm2")
+    smollm2.save(str(directory / "tokenizer.json"))
+    vocabulary = Vocabulary(
+        file="tokenizer.json",
+        size=49152,
+        bos_token_id=1,
+        eos_token_ids=(2,),
+        pad_token_id=2,
+        chat_template=smollm2_metadata["tokenizer.chat_template"],
+    )
+    return TextCodec(directory, vocabulary)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def transformers_tokenizer(smollm2, smollm2_metadata):
     return PreTrainedTokenizerFast(
         tokenizer_object=smollm2,
@@ -126,18 +135,18 @@ def test_the_template_language_is_that_of_transformers(open_codec, smollm2):
         ("{{ 1 // (messages | length - 1) }}", "division"),
     ],
 )
-def test_a_template_that_fails_names_the_messages_and_says_why(open_codec, smollm2, template, said):
-    codec = open_codec(smollm2, chat_template=template)
+def test_a_template_that_fails_names_the_messages_and_says_why(open_codec, small, template, said):
+    codec = open_codec(small, chat_template=template)
     with pytest.raises(InvalidField, match=said) as refused:
         codec.encode_messages([("user", "hi")])
     assert refused.value.field == "messages"
 
 
-def test_a_conversation_needs_messages_and_a_template(open_codec, smollm2):
+def test_a_conversation_needs_messages_and_a_template(open_codec, small):
     with pytest.raises(Unsupported, match="no chat template"):
-        open_codec(smollm2).encode_messages([("user", "hi")])
+        open_codec(small).encode_messages([("user", "hi")])
     with pytest.raises(InvalidField, match="at least one message"):
-        open_codec(smollm2, chat_template=CHATML).encode_messages([])
+        open_codec(small, chat_template=CHATML).encode_messages([])
 
 
 @pytest.mark.parametrize("ids", [[0, -1], [0, 49152], [2**31 - 1]])
@@ -170,13 +179,13 @@ def test_padding_and_truncation_of_the_file_are_not_applied(open_codec):
     assert open_codec(tokenizer).encode_prompt("b") == (1,)
 
 
-def test_a_bundle_whose_text_side_is_broken_is_refused(open_codec, smollm2, tmp_path):
+def test_a_bundle_whose_text_side_is_broken_is_refused(open_codec, small, tmp_path):
     with pytest.raises(BundleError, match="model knows only 100"):
-        open_codec(smollm2, size=100)
+        open_codec(small, size=100)
     with pytest.raises(BundleError, match="does not compile"):
-        open_codec(smollm2, chat_template="{% for %}")
+        open_codec(small, chat_template="{% for %}")
     with pytest.raises(BundleError, match="without a bos_token_id"):
-        open_codec(smollm2, add_bos=True)
+        open_codec(small, add_bos=True)
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(BundleError, match="not a tokenizer"):
         TextCodec(tmp_path, Vocabulary(file="other.json", size=10))
