@@ -1,0 +1,85 @@
+"""Command line of this room: `python -m export SOURCE REPOSITORY --name NAME`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from attendant.bundle import SamplingDefaults
+from export.bundle import ExportRefused, Target, export_bundle
+from models import checkpoint
+from models.checkpoint import TrainedModel
+from models.readers import gguf, huggingface, smollm2
+
+PRETRAINED = {"smollm2-135m": SamplingDefaults(temperature=0.2, top_p=0.9)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Export one bundle and return the exit status; an expected failure is one line on standard error."""
+    given = _parser().parse_args(argv)
+    try:
+        model, advised = _read(given.source, given.pretrained)
+        target = Target(repository=given.repository, name=given.name, version=given.version)
+        export_bundle(
+            model,
+            target,
+            precision=given.precision,
+            max_model_len=given.max_model_len,
+            sampling_defaults=_sampling_defaults(given.sampling_default) or advised,
+            force=given.force,
+        )
+    except (ExportRefused, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m export", description="Write a certified bundle.")
+    parser.add_argument("source", nargs="?", type=Path, help="a checkpoint, a GGUF file or a Hugging Face directory")
+    parser.add_argument("--pretrained", choices=sorted(PRETRAINED), help="weights of an installed package, not SOURCE")
+    parser.add_argument("repository", type=Path, help="the bundle becomes REPOSITORY/NAME/VERSION")
+    parser.add_argument("--name", required=True, help="what callers ask for")
+    parser.add_argument("--version", type=int, default=1, help="a positive number (default: 1)")
+    parser.add_argument("--precision", choices=["fp32", "int8"], default="fp32", help="default: fp32")
+    parser.add_argument("--max-model-len", type=int, metavar="TOKENS", help="longest sequence (default: the model's)")
+    parser.add_argument(
+        "--sampling-default",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help=f"what to advise where a request is silent: {', '.join(SamplingDefaults.model_fields)}",
+    )
+    parser.add_argument("--force", action="store_true", help="replace a bundle of the same name and version")
+    return parser
+
+
+def _read(source: Path | None, pretrained: str | None) -> tuple[TrainedModel, SamplingDefaults | None]:
+    """Return the model, and what its authors advise for sampling if that is known."""
+    if (source is None) == (pretrained is None):
+        raise ValueError("name either a SOURCE or --pretrained")
+    if source is None:
+        return gguf.read(smollm2.weights_path()), PRETRAINED[str(pretrained)]
+    if source.is_file():
+        return gguf.read(source), None
+    # Both kinds of directory have a config.json; ours says what it is.
+    if checkpoint.FORMAT in (source / checkpoint.CONFIG).read_text("utf-8"):
+        return checkpoint.load(source), None
+    return huggingface.read(source), None
+
+
+def _sampling_defaults(pairs: list[str]) -> SamplingDefaults | None:
+    """Return the advised fields of FIELD=VALUE pairs, or None without any."""
+    fields: dict[str, float] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if name not in SamplingDefaults.model_fields:
+            raise ValueError(f"--sampling-default {pair}: the fields are {', '.join(SamplingDefaults.model_fields)}")
+        fields[name] = int(value) if name == "top_k" else float(value)
+    return SamplingDefaults(**fields) if fields else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
