@@ -28,10 +28,13 @@ def choose(found: Sequence[FoundBundle | RefusedBundle], wanted: Sequence[str]) 
     return list({_name_and_version(bundle): bundle for bundle in chosen}.values())
 
 
-def entry_of(bundle: FoundBundle, state: State, served: ServedModel | None = None) -> Entry:
+def entry_of(
+    bundle: FoundBundle | RefusedBundle, state: State, reason: str = "", served: ServedModel | None = None
+) -> Entry:
     """Return what the catalog says of a bundle."""
-    manifest = bundle.manifest
-    return Entry(name=manifest.name, version=manifest.version, state=state, found=bundle, served=served)
+    name, version = _name_and_version(bundle)
+    found = bundle if isinstance(bundle, FoundBundle) else None
+    return Entry(name=name, version=version, state=state, reason=reason, found=found, served=served)
 
 
 def load(bundle: FoundBundle, provider: str, options: EngineOptions, metrics: ModelMetrics) -> ServedModel:

@@ -27,7 +27,7 @@ from service.app.start_error import StartError
 from service.bundle import BundleRefused, FoundBundle, RefusedBundle, scan
 from service.engine_loop import EngineOptions
 from service.metrics import MetricsEndpoint, ServerMetrics
-from service.rpc.catalog import Entry, ModelCatalog, State
+from service.rpc.catalog import ModelCatalog, State
 from service.rpc.health import HealthService
 from service.rpc.inference import InferenceService
 from service.rpc.models import ModelService
@@ -82,7 +82,7 @@ class App:
         Raises:
             StartError: there is nothing to load, or a port is taken.
         """
-        to_load = self._survey()
+        bundles = self._survey()
         self.port = open_grpc_port(self._server, self._settings)
         self._endpoint = open_metrics_port(
             self.metrics.registry,
@@ -95,7 +95,7 @@ class App:
         self._announce(
             f"LISTENING {self._settings.host}: gRPC on port {self.port}, metrics on port {self.metrics_port}"
         )
-        self._tasks = [asyncio.create_task(self._load_all(to_load)), asyncio.create_task(self._watch())]
+        self._tasks = [asyncio.create_task(self._load_all(bundles)), asyncio.create_task(self._watch())]
 
     async def wait_loaded(self) -> None:
         """Wait until every bundle is served or refused.
@@ -107,8 +107,8 @@ class App:
         if not self.catalog.served:
             raise StartError(f"no bundle of {self._settings.repository} can be served")
 
-    def _survey(self) -> list[FoundBundle]:
-        """Fill the catalog with what is chosen of the repository and return what can be tried."""
+    def _survey(self) -> list[FoundBundle | RefusedBundle]:
+        """Return what is to be served of the repository, and list it."""
         try:
             found = scan(self._settings.repository)
         except NotADirectoryError as error:
@@ -116,14 +116,9 @@ class App:
         chosen = choose(found, self._settings.models)
         if not chosen:
             raise StartError(f"repository {self._settings.repository} holds no bundle")
-        to_load = []
         for bundle in chosen:
-            if isinstance(bundle, RefusedBundle):
-                self._refuse(Entry(name=bundle.name, version=bundle.version, state=State.LOADING), bundle.reason)
-            else:
-                self.catalog.put(entry_of(bundle, State.LOADING))
-                to_load.append(bundle)
-        return to_load
+            self.catalog.put(entry_of(bundle, State.LOADING))
+        return chosen
 
     def _add_services(self) -> None:
         settings = self._settings
@@ -140,17 +135,21 @@ class App:
 
     # Loading
 
-    async def _load_all(self, bundles: Sequence[FoundBundle]) -> None:
+    async def _load_all(self, bundles: Sequence[FoundBundle | RefusedBundle]) -> None:
         settings = self._settings
+        to_load = [bundle for bundle in bundles if isinstance(bundle, FoundBundle)]
         options = EngineOptions(
             num_slots=settings.max_num_seqs,
             max_waiting_requests=settings.max_waiting_requests,
-            kv_memory=settings.kv_memory // max(1, len(bundles)),
+            kv_memory=settings.kv_memory // max(1, len(to_load)),
             prefill_chunk_tokens=settings.prefill_chunk_tokens,
             idle_chunk_tokens=settings.idle_chunk_tokens,
             threads=settings.threads,
         )
         for bundle in bundles:
+            if isinstance(bundle, RefusedBundle):
+                self._refuse(bundle, bundle.reason)
+        for bundle in to_load:
             await self._load_one(bundle, options)
         # What is loaded stays: without this, a full collection walks all of it and every stream waits.
         gc.collect()
@@ -159,20 +158,19 @@ class App:
         self._refresh()
 
     async def _load_one(self, bundle: FoundBundle, options: EngineOptions) -> None:
-        entry = entry_of(bundle, State.LOADING)
-        metrics = self.metrics.model(entry.key, bundle.manifest.limits.max_model_len)
+        manifest = bundle.manifest
+        metrics = self.metrics.model(manifest.key, manifest.limits.max_model_len)
         try:
             served = await asyncio.to_thread(load, bundle, self._settings.provider, options, metrics)
         except (BundleRefused, BundleError, ValueError) as error:
-            self._refuse(entry, str(error))
+            self._refuse(bundle, str(error))
             return
         except Exception:
-            logger.exception("loading %s failed", entry.key)
-            self._refuse(entry, "loading it failed unexpectedly; the server's log says more")
+            logger.exception("loading %s failed", manifest.key)
+            self._refuse(bundle, "loading it failed unexpectedly; the server's log says more")
             return
         served.engine.start()
         self.catalog.put(entry_of(bundle, State.READY, served=served))
-        manifest = bundle.manifest
         metrics.loaded(
             served.load_seconds,
             sha256=bundle.sha256,
@@ -181,12 +179,11 @@ class App:
             target=manifest.target,
         )
         self._refresh()
-        self._announce(f"READY {entry.key} ({manifest.precision}) in {served.load_seconds:.2f} s")
+        self._announce(f"READY {manifest.key} ({manifest.precision}) in {served.load_seconds:.2f} s")
 
-    def _refuse(self, entry: Entry, reason: str) -> None:
-        self.catalog.put(
-            Entry(name=entry.name, version=entry.version, state=State.UNAVAILABLE, reason=reason, found=entry.found)
-        )
+    def _refuse(self, bundle: FoundBundle | RefusedBundle, reason: str) -> None:
+        entry = entry_of(bundle, State.UNAVAILABLE, reason)
+        self.catalog.put(entry)
         self.metrics.refused_model(entry.key)
         self._announce(f"REFUSED {entry.key}: {reason}")
 

@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from attendant.bundle import GraphKind, Manifest, Role, StateRule
+from attendant.bundle import GraphKind, GraphSpec, Manifest, Role, StateRule
 from service.bundle import BundleRefused, FoundBundle
 from service.engine.pools import StatePool
 from service.engine.runtime import create_session
@@ -63,7 +63,7 @@ class StepGraph:
             raise BundleRefused(f"states with rule {unsupported} are not served by this build")
         self.num_slots = num_slots
         self.capacity = capacity
-        self.vocab_size = _vocab_size(manifest)
+        self.vocab_size = _vocab_size(manifest, graph)
         self.pools = tuple(StatePool(state, num_slots, capacity) for state in manifest.states)
         self._session = create_session(found.directory, graph)
         self._names = {tensor.role: tensor.name for tensor in (*graph.inputs, *graph.outputs)}
@@ -154,6 +154,9 @@ class StepGraph:
         return binding
 
 
-def _vocab_size(manifest: Manifest) -> int:
+def _vocab_size(manifest: Manifest, graph: GraphSpec) -> int:
     assert manifest.vocabulary is not None, "the schema demands a vocabulary of a generating bundle"
-    return manifest.vocabulary.size
+    size, logits = manifest.vocabulary.size, graph.output(Role.LOGITS)
+    if logits is None or logits.axes[-1] != size:
+        raise BundleRefused(f"the vocabulary has {size} tokens, the logits are {logits and logits.axes}")
+    return size
