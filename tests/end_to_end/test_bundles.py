@@ -94,7 +94,7 @@ def fail_the_certificate(directory: Path) -> None:
     edit_manifest(directory, change)
 
 
-def drop_an_output(directory: Path) -> None:
+def declare_another_dtype(directory: Path) -> None:
     def change(manifest: dict[str, Any]) -> None:
         tensors = manifest["graphs"][0]["inputs"]
         next(tensor for tensor in tensors if tensor["role"] == "lengths")["dtype"] = "int64"
@@ -102,7 +102,7 @@ def drop_an_output(directory: Path) -> None:
     edit_manifest(directory, change)
 
 
-def widen_the_vocabulary(directory: Path) -> None:
+def shrink_the_vocabulary(directory: Path) -> None:
     edit_manifest(directory, lambda manifest: manifest["vocabulary"].update(size=310))
 
 
@@ -119,8 +119,8 @@ DAMAGE = {
     "cut-manifest": (cut_the_manifest, "manifest.json"),
     "unknown-field": (add_an_unknown_field, "colour"),
     "failed-check": (fail_the_certificate, "failed"),
-    "other-dtype": (drop_an_output, "int64"),
-    "small-vocabulary": (widen_the_vocabulary, "310"),
+    "other-dtype": (declare_another_dtype, "int64"),
+    "small-vocabulary": (shrink_the_vocabulary, "310"),
     "for-cuda": (aim_at_cuda, "cuda"),
     "misplaced": (lambda directory: None, "holds tiny-fp32/1"),
 }

@@ -5,6 +5,7 @@ import random
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from prometheus_client import Metric
@@ -157,3 +158,10 @@ def test_probes_answer_over_http(endpoint: MetricsEndpoint) -> None:
 def test_a_second_endpoint_on_the_same_port_fails_at_once(metrics: ServerMetrics, endpoint: MetricsEndpoint) -> None:
     with pytest.raises(OSError, match="in use"):
         MetricsEndpoint(metrics.registry, host="127.0.0.1", port=endpoint.port, alive=lambda: True, ready=lambda: True)
+
+
+def test_every_metric_is_in_the_catalogue_for_people(metrics: ServerMetrics, endpoint: MetricsEndpoint) -> None:
+    catalogue = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text("utf-8")
+    for family in scrape(endpoint).values():
+        suffix = "_total" if family.type == "counter" else ""
+        assert f"`{family.name}{suffix}`" in catalogue or family.name.startswith("process_"), family.name

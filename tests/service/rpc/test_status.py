@@ -1,6 +1,7 @@
 """Errors reach the caller with code, reason and details; faults of ours as a constant sentence."""
 
 import logging
+from pathlib import Path
 
 import grpc
 import pytest
@@ -90,3 +91,9 @@ def test_a_status_fits_into_headers_however_long_its_message() -> None:
 @pytest.mark.parametrize(("seconds", "nanoseconds"), [(0.0, 0), (-1e-9, 0), (1.25, 1_250_000_000)])
 def test_durations_are_exact_and_never_negative(seconds: float, nanoseconds: int) -> None:
     assert to_duration(seconds).ToNanoseconds() == nanoseconds
+
+
+def test_every_reason_is_in_the_table_for_people() -> None:
+    table = (Path(__file__).parents[3] / "docs" / "errors.md").read_text("utf-8")
+    for _, code, reason in ERRORS:
+        assert f"| `{reason}` | {code} |" in table
