@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 from service.app.server import App
+from service.app.start_error import StartError
 from service.settings import Settings
 
 _WATCHDOG_SECONDS = 15.0
@@ -33,6 +34,9 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> None:
         await app.start()
         await _until_loaded(app, stop)
         await stop.wait()
+    except StartError:
+        hurry.set()
+        raise
     finally:
         _start_watchdog(settings.drain_delay_seconds + settings.drain_seconds + _WATCHDOG_SECONDS)
         await app.stop(hurry)

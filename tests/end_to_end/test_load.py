@@ -1,10 +1,14 @@
 """More requests than fit, clients that hang up, deadlines that pass."""
 
+import asyncio
+import collections
+import random
 import threading
 
 import grpc
 
 from attendant.v1 import generation_pb2 as pb
+from attendant.v1.inference_service_pb2_grpc import InferenceServiceStub
 
 MODEL = {"model": "tiny-fp32/1"}
 
@@ -70,3 +74,53 @@ def test_a_request_whose_deadline_passes_ends_and_is_counted(start, refusal_of, 
         other.cancel()
     eventually(lambda: server.value("attendant_requests_total", code="DEADLINE_EXCEEDED", **MODEL) == 1)
     eventually(lambda: server.value("attendant_requests_running") + server.value("attendant_requests_waiting") == 0)
+
+
+async def test_every_request_of_a_random_crowd_ends_exactly_once(start, eventually) -> None:
+    server = start("--models", "tiny-fp32", "--max-num-seqs", "6", "--max-waiting-requests", "40").wait_ready()
+    random_numbers = random.Random(7)
+    ends: collections.Counter[str] = collections.Counter()
+
+    async def one(stub: InferenceServiceStub, number: int) -> None:
+        gives_up_after = random_numbers.randrange(12) if random_numbers.random() < 0.3 else None
+        max_tokens = random_numbers.randrange(1, 60)
+        call = stub.Generate(
+            pb.GenerateRequest(
+                model="tiny-fp32",
+                token_ids=pb.TokenIds(ids=[random_numbers.randrange(3, 320) for _ in range(number % 200 + 1)]),
+                sampling=pb.SamplingParams(max_tokens=max_tokens, seed=number),
+                stop=pb.StopConditions(ignore_eos=True),
+            )
+        )
+        events = []
+        try:
+            async for event in call:
+                events.append(event)
+                if gives_up_after is not None and len(events) > gives_up_after:
+                    call.cancel()
+        except grpc.aio.AioRpcError as error:
+            ends[error.code().name] += 1
+            return
+        except asyncio.CancelledError:
+            ends["CANCELLED"] += 1
+            return
+        ends["OK"] += 1
+        kinds = [event.WhichOneof("event") for event in events]
+        assert (kinds[0], kinds[-1], kinds.count("finished")) == ("started", "finished", 1)
+        assert sum(len(event.delta.token_ids) for event in events) == max_tokens
+
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = InferenceServiceStub(channel)
+        await asyncio.gather(*(one(stub, number) for number in range(300)))
+    assert sum(ends.values()) == 300
+    assert ends["OK"] > 20
+    assert ends["CANCELLED"] > 5
+    assert ends["RESOURCE_EXHAUSTED"] > 20
+    assert set(ends) <= {"OK", "CANCELLED", "RESOURCE_EXHAUSTED"}
+    # A call that the client cancels in its last moment may count as OK here: the sum is what must be right.
+    eventually(lambda: server.value("attendant_requests_total", **MODEL) == 300)
+    eventually(lambda: server.value("attendant_requests_running") + server.value("attendant_requests_waiting") == 0)
+    assert server.value("attendant_kv_cache_tokens", state="used", **MODEL) == 0
+    finished = server.value("attendant_requests_finished_total", **MODEL)
+    assert finished + server.value("attendant_requests_rejected_total", **MODEL) == 300
+    assert list(server.long_answer(5))
