@@ -41,12 +41,15 @@ from attendant.bundle import (
 )
 from export.certificate import NUM_ROWS, Oracle, invariance_checks, parity_checks
 from export.golden import record_golden
+from export.calibration import measure_sizes
 from export.graph import StepGraph
 from export.likelihood import compare_quality, text_log_likelihoods
-from export.linear import FloatLinear, RowScaledLinear
+from export.integers import exactness_check
+from export.linear import FLOAT_KERNELS, INTEGER_KERNELS
 from export.onnx_export import state_names, write_onnx
 from export.runner import Runner
-from export.text import QUALITY, tokens_of
+from export.rewrite import prepare_for_rounding
+from export.text import CALIBRATION, QUALITY, tokens_of
 from export.weights import decoder_weights
 from models.checkpoint import TrainedModel
 from models.decoder import DecoderConfig
@@ -140,9 +143,13 @@ def _fill(
 ) -> Manifest:
     """Write everything but the manifest, and return that."""
     config = model.decoder.config
-    linear = {"fp32": FloatLinear, "int8": RowScaledLinear}[precision]
+    weights, kernels = decoder_weights(model.decoder), FLOAT_KERNELS
+    if precision == "int8":
+        report("measuring activations")
+        sizes = measure_sizes(model.decoder, tokens_of(CALIBRATION, model.tokenizer.json))
+        weights, kernels = prepare_for_rounding(weights, sizes), INTEGER_KERNELS
     report(f"{target.name}/{target.version} {precision}: tracing and writing the graph")
-    write_onnx(StepGraph(decoder_weights(model.decoder), linear, max_model_len), directory / GRAPH_FILE)
+    write_onnx(StepGraph(weights, kernels, max_model_len), directory / GRAPH_FILE)
     (directory / TOKENIZER_FILE).write_text(model.tokenizer.json, "utf-8")
     runner = Runner(directory / GRAPH_FILE, num_rows=NUM_ROWS, capacity=min(max_model_len, _CACHE_TOKENS))
     oracle = Oracle(model.decoder)
@@ -152,7 +159,7 @@ def _fill(
         checks = [*parity_checks(runner, oracle, text), *invariance_checks(runner, text)]
         quality = None
     else:
-        checks = [*invariance_checks(runner, text)]
+        checks = [exactness_check(directory / GRAPH_FILE, text), *invariance_checks(runner, text)]
         quality = _quality(runner, oracle, text, report)
     certificate = _certify(checks, quality, report)
     golden = record_golden(runner, text, precision, directory)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from export.graph import StepGraph
+from export.operators import OPSET
 
-OPSET = 23
 _EXAMPLE_ROWS, _EXAMPLE_TOKENS, _EXAMPLE_CAPACITY, _EXAMPLE_LOGIT_ROWS = 2, 3, 5, 4
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.onnx.ops import symbolic, symbolic_multi_out
 
+OPSET = 23
+
 
 def group_query_attention(
     query_key_value: Tensor,
@@ -56,32 +58,21 @@ def group_query_attention(
     return context, key, value
 
 
-def rms_norm(hidden: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """Scale each row of `hidden` [..., E] to a root mean square of one, then by `gain` [E]."""
+def norm(hidden: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Normalise the rows of [T, E]: an RMS norm without `bias`, a layer norm with it. All weights are [E]."""
+    simplified = bias is None
     return symbolic(
-        "RMSNormalization",
-        (hidden, gain),
+        "RMSNormalization" if simplified else "LayerNormalization",
+        (hidden, gain) if simplified else (hidden, gain, bias),
         {"axis": -1, "epsilon": eps},
         dtype=hidden.dtype,
         shape=hidden.shape,
-        version=23,
-    )
-
-
-def layer_norm(hidden: Tensor, gain: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Shift and scale each row of `hidden` [..., E] to mean zero and variance one, then by `gain` and `bias` [E]."""
-    return symbolic(
-        "LayerNormalization",
-        (hidden, gain, bias),
-        {"axis": -1, "epsilon": eps},
-        dtype=hidden.dtype,
-        shape=hidden.shape,
-        version=17,
+        version=OPSET,
     )
 
 
 def skip_norm(hidden: Tensor, skip: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """Add two [..., E] and normalise the sum, in one pass: an RMS norm without `bias`, a layer norm with it.
+    """Add two [T, E] and normalise the sum, in one pass: an RMS norm without `bias`, a layer norm with it.
 
     Returns:
         The normalised sum and the sum.
@@ -105,15 +96,15 @@ def silu(gate: Tensor) -> Tensor:
     return symbolic("com.microsoft::QuickGelu", (gate,), {"alpha": 1.0}, dtype=gate.dtype, shape=gate.shape, version=1)
 
 
-def quantise_linear(values: Tensor, scale: Tensor, zero_point: Tensor, *, axis: int) -> Tensor:
-    """Return round(values / scale) + zero_point as uint8, with one scale and zero point per index of `axis`."""
+def quantise_linear(values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Return round(values / scale) + zero_point as uint8, clipped; scale and zero point are [] or one per row [T]."""
     return symbolic(
         "QuantizeLinear",
         (values, scale, zero_point),
-        {"axis": axis},
+        {"axis": 0},
         dtype=torch.uint8,
         shape=values.shape,
-        version=23,
+        version=OPSET,
     )
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from models.decoder import Decoder, DecoderConfig, DecoderLayer
+from models.decoder import Decoder, DecoderLayer
+from models.decoder_config import DecoderConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +18,15 @@ class Affine:
 
     weight: Tensor
     bias: Tensor | None = None
+
+
+def pack(*maps: Affine) -> Affine:
+    """Return one map with the outputs of all maps side by side; a map without a bias among others adds zeros."""
+    weight = torch.cat([each.weight for each in maps])
+    if all(each.bias is None for each in maps):
+        return Affine(weight=weight)
+    biases = [torch.zeros(len(each.weight)) if each.bias is None else each.bias for each in maps]
+    return Affine(weight=weight, bias=torch.cat(biases))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
