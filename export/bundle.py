@@ -39,16 +39,16 @@ from attendant.bundle import (
     Vocabulary,
     file_sha256,
 )
+from export.calibration import measure_sizes
 from export.certificate import NUM_ROWS, Oracle, invariance_checks, parity_checks
 from export.golden import record_golden
-from export.calibration import measure_sizes
 from export.graph import StepGraph
-from export.likelihood import compare_quality, text_log_likelihoods
 from export.integers import exactness_check
+from export.likelihood import compare_quality, text_log_likelihoods
 from export.linear import FLOAT_KERNELS, INTEGER_KERNELS
 from export.onnx_export import state_names, write_onnx
-from export.runner import Runner
 from export.rewrite import prepare_for_rounding
+from export.runner import Runner
 from export.text import CALIBRATION, QUALITY, tokens_of
 from export.weights import decoder_weights
 from models.checkpoint import TrainedModel

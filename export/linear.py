@@ -1,7 +1,7 @@
 """Linear maps and embeddings of the served graph: as trained, and in 8 bits.
 
-T rows, K inputs, N outputs. An 8-bit map rounds its input to integers, multiplies them by int8 weights with one scale per
-output, and scales the exact integer sums back. Nothing depends on the other rows of a batch, so results cannot
+T rows, K inputs, N outputs. An 8-bit map rounds its input to integers, multiplies them by int8 weights with one scale
+per output, and scales the exact integer sums back. Nothing depends on the other rows of a batch, so results cannot
 depend on them either, and the only loss is the rounding. All maps of one module share their input, and its rounding.
 """
 
@@ -96,8 +96,8 @@ class RowScaledLinear(nn.Module):
 class MixedLinear(nn.Module):
     """A row-scaled map whose inputs are first mixed in small blocks, which spreads a lone large value over its block.
 
-    The mixing is orthogonal and undone in the weights. It is for inputs that no rewriting of weights can rotate, such as
-    the product of a gated activation (Ashkboos et al., QuaRot, 2024, arXiv:2404.00456).
+    The mixing is orthogonal and undone in the weights. It is for inputs that no rewriting of weights can rotate, such
+    as the product of a gated activation (Ashkboos et al., QuaRot, 2024, arXiv:2404.00456).
     """
 
     def __init__(self, maps: Sequence[Affine]) -> None:
