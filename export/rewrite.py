@@ -1,8 +1,8 @@
 """Rewriting a decoder's weights so that 8 bits hold its activations; what it computes stays the same.
 
 Rounding a row to 8 bits is lossy in proportion to how far its largest value stands out. So norms are reduced to RMS
-norms without a gain, the residual stream and the values are rotated, which spreads every outlier over all components, and
-scales move from wild activations into the weights behind them.
+norms without a gain, the residual stream and the values are rotated, which spreads every outlier over all components,
+and scales move from wild activations into the weights behind them.
 
 Sources: Ashkboos et al., SliceGPT, 2024, arXiv:2401.15024 (norms); Ashkboos et al., QuaRot, 2024, arXiv:2404.00456
 (rotations); Xiao et al., SmoothQuant, 2022, arXiv:2211.10438 (scales).
