@@ -1,21 +1,29 @@
 """The checks that let a bundle be written: the graph, as ONNX Runtime runs it, against the PyTorch decoder.
 
-Errors are max |a - b| / max |a| over all logits of a check. A check is a measurement; whoever asks decides what a
-failure means. A row of the KV cache holds `capacity` tokens; what is longer is left out of a grid.
+Errors are max |a - b| / max |a| over all logits of a check. A row of the KV cache holds `capacity` tokens; what is
+longer is left out of a grid. An 8-bit graph is not held to a bound on logits, because one rounding flip early on moves
+them by several units: its arithmetic must be exact, and the text it is asked about nearly as likely as to the decoder.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from attendant.bundle import Check
+from attendant.bundle import Certificate, Check, Quality
+from export.errors import ExportRefused
+from export.integers import exactness_check
+from export.likelihood import compare_quality, text_log_likelihoods
 from export.runner import Runner
+from export.text import QUALITY
 from models.decoder import Decoder
 
 PARITY_BOUND = 1e-4
 GREEDY_MARGIN = 1e-3
+QUALITY_BOUND = 0.015
+QUALITY_TOKENS, QUALITY_WINDOW = 16_384, 512
 NUM_ROWS = 8
 _LENGTHS = (2, 3, 17, 64, 191)
 _PASTS = (1, 2, 16, 63, 128)
@@ -32,10 +40,66 @@ class Oracle:
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
 
-    def logits(self, text: Tokens) -> NDArray[np.float32]:
+    def all_logits(self, text: Tokens) -> NDArray[np.float32]:
         """Return logits [N, V] of a text [N]."""
         with torch.no_grad():
             return self._decoder(torch.from_numpy(text)[None])[0].numpy()
+
+
+def certify(
+    precision: str, graph: Path, runner: Runner, decoder: Decoder, text: Tokens, report: Callable[[str], None]
+) -> Certificate:
+    """Run every check of a precision.
+
+    Args:
+        precision: "fp32" or "int8".
+        graph: the file.
+        runner: of that file, with at least `NUM_ROWS` rows.
+        decoder: what was exported.
+        text: token ids of the quality text.
+        report: takes one line for every check.
+
+    Raises:
+        ExportRefused: checks failed; the message says which and by how much.
+    """
+    oracle = Oracle(decoder)
+    checks, failures, quality = [], [], None
+    for check in _checks(precision, graph, runner, oracle, text):
+        line = f"{check.name}: {check.measured:.3g}, allowed {check.bound:g} ({check.grid})"
+        report(f"  {line}")
+        checks.append(check)
+        if not check.passed:
+            failures.append(line)
+    if precision == "int8":
+        quality = _quality(runner, oracle, text)
+        line = (
+            f"perplexity on {quality.num_tokens} tokens: {quality.perplexity:.3f} against"
+            f" {quality.reference_perplexity:.3f}, {quality.relative_increase:+.2%} with a standard error of"
+            f" {quality.standard_error:.2%}, allowed {quality.bound:+.2%}"
+        )
+        report(f"  {line}")
+        if not quality.relative_increase <= quality.bound:
+            failures.append(line)
+    if failures:
+        raise ExportRefused("the certificate failed: " + "; ".join(failures))
+    return Certificate(checks=tuple(checks), quality=quality)
+
+
+def _checks(precision: str, graph: Path, runner: Runner, oracle: Oracle, text: Tokens) -> Iterator[Check]:
+    if precision == "fp32":
+        yield from parity_checks(runner, oracle, text)
+    else:
+        yield exactness_check(graph, text)
+    yield from invariance_checks(runner, text)
+
+
+def _quality(runner: Runner, oracle: Oracle, text: Tokens) -> Quality:
+    window = min(QUALITY_WINDOW, runner.capacity - 1)
+    reference, quantised = (
+        text_log_likelihoods(each.all_logits, text, window=window, num_tokens=QUALITY_TOKENS)
+        for each in (oracle, runner)
+    )
+    return compare_quality(reference, quantised, text=QUALITY.name, bound=QUALITY_BOUND)
 
 
 def relative_error(measured: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
@@ -54,7 +118,7 @@ def parity_checks(runner: Runner, oracle: Oracle, text: Tokens) -> Iterator[Chec
     """
     capacity = runner.capacity
     lengths = [length for length in _LENGTHS if length <= capacity]
-    expected = oracle.logits(text[: min(capacity, max(_LENGTHS))])
+    expected = oracle.all_logits(text[: min(capacity, max(_LENGTHS))])
     measured = [runner.all_logits(text[:length]) for length in lengths]
     yield Check(
         name="one pass",
@@ -149,7 +213,7 @@ def _ragged_lengths(capacity: int) -> Tokens:
 def _ragged_check(runner: Runner, oracle: Oracle, text: Tokens) -> Check:
     """Decode rows of different lengths together and compare every row with the oracle."""
     lengths, steps, worst = _ragged_lengths(runner.capacity), 3, 0.0
-    expected = [oracle.logits(text[row : row + length + steps])[length:] for row, length in enumerate(lengths)]
+    expected = [oracle.all_logits(text[row : row + length + steps])[length:] for row, length in enumerate(lengths)]
     for num_rows in _BATCHES:
         for row, length in enumerate(lengths[:num_rows]):
             runner.prefill(text[row : row + length], row=row)

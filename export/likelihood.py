@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from attendant.bundle import Quality
 
@@ -28,7 +29,8 @@ def text_log_likelihoods(
     """Return the log-likelihoods of at most `num_tokens` predictions in windows of `window` predictions each."""
     num_windows = min(num_tokens // window, (len(text) - 1) // window)
     parts = [text[start * window : (start + 1) * window + 1] for start in range(num_windows)]
-    return np.concatenate([log_likelihoods(logits_of(part), part) for part in parts])
+    bar = tqdm(parts, desc="perplexity", unit="window", leave=False, disable=None)  # None: only on a terminal
+    return np.concatenate([log_likelihoods(logits_of(part), part) for part in bar])
 
 
 def compare_quality(

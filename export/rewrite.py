@@ -49,11 +49,11 @@ def prepare_for_rounding(weights: DecoderWeights, sizes: tuple[LayerSizes, ...])
 
 
 def random_rotation(size: int, seed: int) -> Tensor:
-    """Return a float64 orthogonal matrix [size, size], the same for the same seed."""
+    """Return an orthogonal matrix [size, size], the same for the same seed; made in float64, rounded to float32."""
     generator = torch.Generator().manual_seed(seed)
     gaussian = torch.randn(size, size, generator=generator, dtype=torch.float64)
     orthogonal, triangular = torch.linalg.qr(gaussian)
-    return orthogonal * triangular.diagonal().sign()
+    return (orthogonal * triangular.diagonal().sign()).float()
 
 
 def _without_means(weights: DecoderWeights) -> DecoderWeights:
@@ -113,11 +113,11 @@ def _rotate_residual(weights: DecoderWeights) -> DecoderWeights:
     rotation = random_rotation(weights.config.d_model, _SEED)
 
     def read(each: Affine) -> Affine:
-        return Affine(weight=_product(each.weight, rotation), bias=each.bias)
+        return Affine(weight=each.weight @ rotation, bias=each.bias)
 
     def write(each: Affine) -> Affine:
-        bias = None if each.bias is None else _product(each.bias, rotation)
-        return Affine(weight=_product(rotation.T, each.weight), bias=bias)
+        bias = None if each.bias is None else each.bias @ rotation
+        return Affine(weight=rotation.T @ each.weight, bias=bias)
 
     def rotate(layer: LayerWeights) -> LayerWeights:
         return replace(
@@ -133,8 +133,8 @@ def _rotate_residual(weights: DecoderWeights) -> DecoderWeights:
 
     return replace(
         weights,
-        token_embedding=_product(weights.token_embedding, rotation),
-        positions=None if weights.positions is None else _product(weights.positions, rotation),
+        token_embedding=weights.token_embedding @ rotation,
+        positions=None if weights.positions is None else weights.positions @ rotation,
         layers=tuple(rotate(layer) for layer in weights.layers),
         lm_head=read(weights.lm_head),
     )
@@ -148,11 +148,11 @@ def _rotate_values(layer: LayerWeights, weights: DecoderWeights, index: int) -> 
     output = layer.output.weight.unflatten(1, (config.num_heads, config.head_dim))  # [E, N, D]
     bias = layer.value.bias
     if bias is not None:
-        bias = _product(bias.unflatten(0, (config.num_kv_heads, config.head_dim)), rotation).flatten()
+        bias = (bias.unflatten(0, (config.num_kv_heads, config.head_dim)) @ rotation).flatten()
     return replace(
         layer,
-        value=Affine(weight=_product(rotation.T, value).flatten(0, 1), bias=bias),
-        output=replace(layer.output, weight=_product(output, rotation).flatten(1)),
+        value=Affine(weight=(rotation.T @ value).flatten(0, 1), bias=bias),
+        output=replace(layer.output, weight=(output @ rotation).flatten(1)),
     )
 
 
@@ -193,8 +193,3 @@ def _migration(size: Tensor, largest_weight: Tensor, share: float) -> Tensor:
 
 def _shrink_outputs(each: Affine, scale: Tensor) -> Affine:
     return Affine(weight=each.weight / scale[:, None], bias=None if each.bias is None else each.bias / scale)
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Multiply in float64: a rotation must not cost what it is meant to save."""
-    return (left.double() @ right.double()).float()
