@@ -49,7 +49,7 @@ class StepGraph(nn.Module):
         self.register_buffer("sines", sines)
         self.layers = nn.ModuleList(_Layer(layer, kernels, self.config) for layer in weights.layers)
         self.final_norm = _Norm(weights.final_norm, self.config.norm_eps)
-        self.lm_head = kernels.normalised([weights.lm_head])
+        self.lm_head = kernels.logits([weights.lm_head])
 
     def forward(
         self,

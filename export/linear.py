@@ -149,11 +149,19 @@ class Kernels:
     normalised: Callable[[Sequence[Affine]], nn.Module]  # rows of root mean square one
     context: Callable[[Sequence[Affine]], nn.Module]  # what attention returns
     hidden: Callable[[Sequence[Affine]], nn.Module]  # the inside of a feed-forward block
+    logits: Callable[[Sequence[Affine]], nn.Module]  # rows of root mean square one, unless something went wrong
 
 
-FLOAT_KERNELS = Kernels(embedding=FloatEmbedding, normalised=FloatLinear, context=FloatLinear, hidden=FloatLinear)
+FLOAT_KERNELS = Kernels(
+    embedding=FloatEmbedding, normalised=FloatLinear, context=FloatLinear, hidden=FloatLinear, logits=FloatLinear
+)
+# A constant range rounds NaN to some code; a row's own scale keeps it, so that logits show that a row has failed.
 INTEGER_KERNELS = Kernels(
-    embedding=IntegerEmbedding, normalised=FixedRangeLinear, context=RowScaledLinear, hidden=MixedLinear
+    embedding=IntegerEmbedding,
+    normalised=FixedRangeLinear,
+    context=RowScaledLinear,
+    hidden=MixedLinear,
+    logits=RowScaledLinear,
 )
 
 
