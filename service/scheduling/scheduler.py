@@ -113,14 +113,23 @@ class Snapshot:
         return len(self.sequences) - self.num_waiting
 
 
+QUERY_TILE = 16
+"""Attention takes a chunk's queries in tiles of a multiple of this many."""
+
+
 def chunk_length(remaining: int, limit: int) -> int:
     """Return how many of `remaining` prompt tokens to prefill now, at most `limit` (at least 4).
 
-    Never leaves a single token for the next chunk: one token takes the decode kernel, whose sums round differently, and
-    a result must not depend on how a prompt was cut.
+    No chunk leaves a tile of a single query, nor a single token for the next chunk: one query takes another kernel,
+    whose sums round differently, and a result must not depend on how a prompt was cut. A prompt of one token has no
+    choice, and is always computed so.
     """
+    if remaining == 1:
+        return 1
     length = min(remaining, limit)
-    return length - 1 if remaining - length == 1 else length
+    while length % QUERY_TILE == 1 or remaining - length == 1:
+        length -= 1
+    return length
 
 
 class Scheduler:

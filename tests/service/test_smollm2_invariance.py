@@ -14,6 +14,7 @@ from service.engine.step_graph import StepGraph
 from service.engine_loop import EngineLoop, EngineOptions
 from service.metrics import ServerMetrics
 from service.scheduling.request import Request, SamplingParams, Token
+from service.scheduling.scheduler import chunk_length
 
 pytestmark = pytest.mark.smollm2
 
@@ -79,18 +80,32 @@ async def test_a_request_gives_the_same_bits_alone_and_among_1_7_and_31_neighbou
     await loop.close()
 
 
-def test_a_prompt_gives_the_same_logits_in_one_pass_and_in_chunks_of_any_size(bundle: FoundBundle) -> None:
+def cut(length: int, limit: int) -> list[int]:
+    """Chunks as the scheduler cuts them."""
+    sizes = []
+    while length:
+        sizes.append(chunk_length(length, limit))
+        length -= sizes[-1]
+    return sizes
+
+
+# Lengths around multiples of every tile of queries that attention may take.
+@pytest.mark.parametrize("length", [2, 33, 65, 66, 97, 129, 161, 257, 300])
+def test_a_prompt_gives_the_same_logits_and_states_whatever_the_limit_of_a_chunk(
+    length: int, bundle: FoundBundle
+) -> None:
     use_threads(2)
     graph = StepGraph(bundle, 2, pool_size(bundle.manifest, KV_MEMORY).capacity)
-    rng = random.Random(0)
-    prompt = [rng.randrange(3, VOCAB) for _ in range(300)]
-    whole = graph.chunk(0, prompt, 0)
-    for sizes in ([2, 298], [298, 2], [3, 5, 7, 285], [128, 128, 44], [150, 150], [17] * 17 + [11]):
+    rng = random.Random(length)
+    prompt = [rng.randrange(3, VOCAB) for _ in range(length)]
+    reference: np.ndarray | None = None
+    for limit in (10_000, 4, 17, 33, 64, 100, 129, 256):
         start = 0
-        for size in sizes:
-            logits = graph.chunk(1, prompt[start : start + size], start)
+        for size in cut(length, limit):
+            logits = graph.chunk(int(reference is not None), prompt[start : start + size], start)
             start += size
-        assert start == len(prompt)
-        assert np.array_equal(logits, whole), f"chunks of {sizes}"
-    for pool in graph.pools:
-        assert np.array_equal(pool.array[0][:, :300], pool.array[1][:, :300])
+        if reference is None:
+            reference = logits
+        assert np.array_equal(logits, reference), f"chunks {cut(length, limit)}"
+        for pool in graph.pools:
+            assert limit == 10_000 or np.array_equal(pool.array[0][:, :length], pool.array[1][:, :length])

@@ -189,13 +189,14 @@ def test_in_a_random_walk_every_request_gets_exactly_what_it_gets_alone(seed: in
 
 
 @pytest.mark.parametrize("limit", range(4, 40))
-def test_no_chunk_of_a_longer_prompt_has_one_token(limit: int) -> None:
+def test_no_chunk_of_a_longer_prompt_leaves_a_query_alone(limit: int) -> None:
     for length in range(2, 200):
         remaining, sizes = length, []
         while remaining:
             sizes.append(chunk_length(remaining, limit))
             remaining -= sizes[-1]
         assert min(sizes) >= 2
+        assert all(size % 16 != 1 for size in sizes)
         assert max(sizes) <= limit
     assert chunk_length(1, limit) == 1
 
