@@ -1,11 +1,15 @@
 """Command line of this room: `python -m export SOURCE REPOSITORY --name NAME`."""
 
 import argparse
+import json
 import sys
+import time
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from attendant.bundle import SamplingDefaults
-from export.bundle import ExportRefused, Target, export_bundle
+from export.bundle import PRECISIONS, ExportRefused, Target, export_bundle
 from models import checkpoint
 from models.checkpoint import TrainedModel
 from models.readers import gguf, huggingface, smollm2
@@ -16,16 +20,24 @@ PRETRAINED = {"smollm2-135m": SamplingDefaults(temperature=0.2, top_p=0.9)}
 def main(argv: list[str] | None = None) -> int:
     """Export one bundle and return the exit status; an expected failure is one line on standard error."""
     given = _parser().parse_args(argv)
+    started = time.monotonic()
+
+    def report(line: str) -> None:
+        print(f"{time.monotonic() - started:6.1f} s  {line}", flush=True)
+
     try:
-        model, advised = _read(given.source, given.pretrained)
         target = Target(repository=given.repository, name=given.name, version=given.version)
+        asked = _sampling_defaults(given.sampling_default)
+        report(f"{target.name}/{target.version} in {given.precision}: reading weights")
+        model, advised = _read(given.source, given.pretrained)
         export_bundle(
             model,
             target,
             precision=given.precision,
             max_model_len=given.max_model_len,
-            sampling_defaults=_sampling_defaults(given.sampling_default) or advised,
+            sampling_defaults=asked or advised,
             force=given.force,
+            report=report,
         )
     except (ExportRefused, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -43,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("repository", type=Path, help="the bundle becomes REPOSITORY/NAME/VERSION")
     parser.add_argument("--name", required=True, help="what callers ask for")
     parser.add_argument("--version", type=int, default=1, help="a positive number (default: 1)")
-    parser.add_argument("--precision", choices=["fp32", "int8"], default="fp32", help="default: fp32")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: fp32")
     parser.add_argument("--max-model-len", type=int, metavar="TOKENS", help="longest sequence (default: the model's)")
     parser.add_argument(
         "--sampling-default",
@@ -72,13 +84,19 @@ def _read(source: Path | None, pretrained: str | None) -> tuple[TrainedModel, Sa
 
 def _sampling_defaults(pairs: list[str]) -> SamplingDefaults | None:
     """Return the advised fields of FIELD=VALUE pairs, or None without any."""
-    fields: dict[str, float] = {}
+    fields = {}
     for pair in pairs:
         name, _, value = pair.partition("=")
-        if name not in SamplingDefaults.model_fields:
-            raise ValueError(f"--sampling-default {pair}: the fields are {', '.join(SamplingDefaults.model_fields)}")
-        fields[name] = int(value) if name == "top_k" else float(value)
-    return SamplingDefaults(**fields) if fields else None
+        try:
+            fields[name] = json.loads(value)
+        except json.JSONDecodeError:
+            raise ValueError(f"--sampling-default {pair}: {value!r} is not a number") from None
+    try:
+        return SamplingDefaults(**fields) if fields else None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        allowed = ", ".join(SamplingDefaults.model_fields)
+        raise ValueError(f"--sampling-default {first['loc'][0]}: {first['msg']}; fields are {allowed}") from None
 
 
 if __name__ == "__main__":

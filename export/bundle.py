@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from attendant.bundle import MANIFEST_NAME, Limits, Manifest, SamplingDefaults
+from pydantic import TypeAdapter, ValidationError
+
+from attendant.bundle import MANIFEST_NAME, Limits, Manifest, ModelName, SamplingDefaults
 from export import manifest as describe
 from export.calibration import measure_sizes
 from export.certificate import NUM_ROWS, certify
@@ -37,11 +39,26 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """Where a bundle goes: `<repository>/<name>/<version>/`."""
+    """Where a bundle goes: `<repository>/<name>/<version>/`.
+
+    Raises:
+        ExportRefused: name or version cannot be those of a bundle.
+    """
 
     repository: Path
     name: str
     version: int
+
+    def __post_init__(self) -> None:
+        try:
+            TypeAdapter(ModelName).validate_python(self.name)
+        except ValidationError:
+            raise ExportRefused(
+                f"name is {self.name!r}: it must be at most 63 of a-z, 0-9, '.', '_' and '-', and begin with a letter"
+                " or digit"
+            ) from None
+        if self.version < 1:
+            raise ExportRefused(f"version is {self.version}: it must be at least 1")
 
     @property
     def directory(self) -> Path:
@@ -72,7 +89,6 @@ def export_bundle(
 
     Raises:
         ExportRefused: the model cannot be exported, the target exists, or a check failed.
-        ValueError: the target's name or version is none.
     """
     config = model.decoder.config
     length = config.max_model_len if max_model_len is None else max_model_len

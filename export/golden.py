@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from attendant.bundle import Golden
 from attendant.processor import processor_features
+from export.certificate import chunk_sizes
 from export.likelihood import log_likelihoods
 from export.runner import Runner
 
@@ -26,8 +27,7 @@ def record_golden(runner: Runner, text: NDArray[np.int64], precision: str, direc
         precision: of the graph; integer graphs are replayed bit for bit.
         directory: the bundle.
     """
-    prompt = text[: min(_PROMPT_LEN, runner.capacity - _NUM_STEPS)]
-    chunks = _uneven_chunks(len(prompt))
+    prompt = text[: min(_PROMPT_LEN, (runner.capacity - _NUM_STEPS) // _NUM_ROWS * _NUM_ROWS)]
     lengths = np.array([len(prompt) * (row + 1) // _NUM_ROWS for row in range(_NUM_ROWS)])
     ragged = np.zeros((_NUM_ROWS, len(prompt)), np.int64)
     steps = np.zeros((_NUM_ROWS, _NUM_STEPS), np.int64)
@@ -41,7 +41,7 @@ def record_golden(runner: Runner, text: NDArray[np.int64], precision: str, direc
         directory / FILE,
         prompt=prompt,
         prompt_logits=runner.prefill(prompt),
-        chunks=chunks,
+        chunks=np.array(chunk_sizes(len(prompt), len(prompt) // 2 - 1), np.int64),
         ragged_prompts=ragged,
         ragged_lengths=lengths.astype(np.int64),
         ragged_steps=steps,
@@ -56,9 +56,3 @@ def record_golden(runner: Runner, text: NDArray[np.int64], precision: str, direc
         bitwise=precision == "int8",
         bitwise_on=processor_features(),
     )
-
-
-def _uneven_chunks(length: int) -> NDArray[np.int64]:
-    """Split `length` into chunks of different sizes, none of them one token."""
-    first, second = max(2, length // 2 - 1), max(2, length // 5)
-    return np.array([first, second, length - first - second], np.int64)

@@ -38,9 +38,11 @@ def compare_quality(
 ) -> Quality:
     """Return the perplexities of two models on the same predictions, and the difference with its standard error."""
     loss = reference - quantised
-    ratio = float(np.exp(loss.mean()))
+    with np.errstate(over="ignore"):
+        ratio = float(np.exp(loss.mean()))
+        perplexity = float(np.exp(-quantised.mean()))
     return Quality(
-        perplexity=float(np.exp(-quantised.mean())),
+        perplexity=perplexity,
         reference_perplexity=float(np.exp(-reference.mean())),
         relative_increase=ratio - 1,
         standard_error=ratio * float(loss.std(ddof=1)) / len(loss) ** 0.5,

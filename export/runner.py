@@ -24,7 +24,7 @@ class Runner:
         self.session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         self.num_rows = num_rows
         self.capacity = capacity
-        self._states = {
+        self.states = {
             tensor.name: np.zeros((num_rows, tensor.shape[1], capacity, tensor.shape[3]), np.float32)
             for tensor in self.session.get_inputs()
             if tensor.name.startswith("past.")
@@ -55,7 +55,7 @@ class Runner:
         binding.bind_cpu_input("lengths", np.ascontiguousarray(lengths, np.int32))
         binding.bind_cpu_input("total_length", np.array(self.capacity, np.int32))
         binding.bind_cpu_input("logits_index", np.ascontiguousarray(logits_index, np.int64))
-        for name, cache in self._states.items():
+        for name, cache in self.states.items():
             rows = cache[first_row : first_row + num_rows]
             where = ("cpu", 0, np.float32, rows.shape, rows.ctypes.data)
             binding.bind_input(name, *where)
