@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from export.bundle import PRECISIONS
+from export.certificate import chunk_sizes
 from export.runner import Runner
 
 CAPACITY, NUM_ROWS = 90, 4
@@ -70,8 +71,8 @@ def test_neighbours_chunks_and_threads_change_no_bit(exported, precision):
     lengths = np.array([5, 88, 31, 60])
     for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
         alone = one.prefill(text[:length], row=row)
-        cut = int(generator.integers(2, length - 1))
-        assert np.array_equal(alone, two.prefill(text[:length], row=row, chunks=[cut, length - cut]))
+        chunks = chunk_sizes(int(length), int(generator.integers(4, length)) if length > 5 else 3)
+        assert np.array_equal(alone, two.prefill(text[:length], row=row, chunks=chunks))
     tokens = [[text[length]] for text, length in zip(texts, lengths, strict=True)]
     together = two.step(tokens, lengths + 1)
     for row in range(NUM_ROWS):
