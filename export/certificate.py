@@ -194,7 +194,7 @@ def invariance_checks(runner: Runner, text: Tokens) -> Iterator[Check]:
 
 
 def chunk_sizes(length: int, limit: int) -> list[int]:
-    """Cut `length` tokens, at least two, into chunks of at most `limit`, at least two, that change no bit of a result.
+    """Cut `length` tokens, at least two, into chunks of at most `limit`, three or more, that change no bit of a result.
 
     Attention takes the queries of a chunk in tiles of a multiple of `QUERY_TILE`, and sums a tile of one query with
     another kernel. So no chunk may leave one query over; one token is the simplest case.
