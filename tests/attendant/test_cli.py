@@ -76,6 +76,17 @@ class Terminal:
         self.seen = self.seen[found.end() :]
         return found[0]
 
+    def interrupt_until(self, pattern: str) -> None:
+        """Press Ctrl-C, and again each second as a person would, until the pattern appears.
+
+        `input()` writes its prompt before it waits, and sleeps through a signal that arrives between the two.
+        """
+        for _ in range(PATIENCE):
+            self.type("\x03")
+            if select.select([self.ours], [], [], 1)[0]:
+                break
+        self.wait_for(pattern)
+
 
 @pytest.fixture
 def terminal() -> Iterator[Terminal]:
@@ -258,8 +269,7 @@ def test_a_conversation_goes_on_after_ctrl_c_and_errors_until_ctrl_d(start, scri
     terminal.wait_for("> ")
     said = [(m.role, m.content) for m in script.requests[-1].messages.messages]
     assert said == [("user", "one"), ("assistant", "thinking"), ("user", "three")]
-    terminal.type("\x03")
-    terminal.wait_for("> ")
+    terminal.interrupt_until("> ")
     terminal.type("\x04")
     assert process.wait(PATIENCE) == 0
 
