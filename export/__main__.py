@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ PRETRAINED = {"smollm2-135m": SamplingDefaults(temperature=0.2, top_p=0.9)}
 def main(argv: list[str] | None = None) -> int:
     """Export one bundle and return the exit status; an expected failure is one line on standard error."""
     given = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the half-written bundle is removed, as on Ctrl-C
     started = time.monotonic()
 
     def report(line: str) -> None:

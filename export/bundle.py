@@ -26,6 +26,7 @@ from export.runner import Runner
 from export.text import CALIBRATION, QUALITY, tokens_of
 from export.weights import decoder_weights
 from models.checkpoint import TrainedModel
+from models.decoder import Decoder
 from models.decoder_config import DecoderConfig
 
 __all__ = ["PRECISIONS", "ExportRefused", "Target", "export_bundle"]
@@ -90,7 +91,9 @@ def export_bundle(
     Raises:
         ExportRefused: the model cannot be exported, the target exists, or a check failed.
     """
-    config = model.decoder.config
+    if not isinstance(model.module, Decoder):
+        raise ExportRefused(f"the checkpoint holds a {type(model.module).__name__}: export knows decoders only")
+    config = model.module.config
     length = config.max_model_len if max_model_len is None else max_model_len
     _refuse_unfit(config, precision, length)
     if target.directory.exists() and not force:
@@ -102,7 +105,7 @@ def export_bundle(
         _write_graph(scratch, model, precision, length, report)
         runner = Runner(scratch / describe.GRAPH_FILE, num_rows=NUM_ROWS, capacity=min(length, _CACHE_TOKENS))
         report("checking the graph against the decoder")
-        certificate = certify(precision, scratch / describe.GRAPH_FILE, runner, model.decoder, text, report)
+        certificate = certify(precision, scratch / describe.GRAPH_FILE, runner, model.module, text, report)
         golden = record_golden(runner, text, precision, scratch)
         manifest = Manifest(
             name=target.name,
@@ -133,6 +136,12 @@ def export_bundle(
 def _refuse_unfit(config: DecoderConfig, precision: str, max_model_len: int) -> None:
     if precision not in PRECISIONS:
         raise ExportRefused(f"precision is {precision!r}: export knows {' and '.join(PRECISIONS)}")
+    known = {"attention": "softmax", "window": None, "qk_norm": False, "softcap": None, "norm_first": True}
+    for field, value in (known | {"scale_embeddings": False}).items():
+        if getattr(config, field) != value:
+            raise ExportRefused(f"{field} is {getattr(config, field)!r}: export knows decoders with {value!r} only")
+    if config.positions in ("alibi", "none"):
+        raise ExportRefused(f"positions is {config.positions!r}: export knows rotary, learned and sinusoidal")
     multiple = 16 if config.positions == "rotary" else 8
     if config.head_dim % multiple:
         raise ExportRefused(
@@ -146,10 +155,10 @@ def _refuse_unfit(config: DecoderConfig, precision: str, max_model_len: int) -> 
 
 def _write_graph(directory: Path, model: TrainedModel, precision: str, max_model_len: int, report: Report) -> None:
     """Write the graph and the tokenizer."""
-    weights, kernels = decoder_weights(model.decoder), FLOAT_KERNELS
+    weights, kernels = decoder_weights(model.module), FLOAT_KERNELS
     if precision == "int8":
         report("measuring activations and rotating weights")
-        sizes = measure_sizes(model.decoder, tokens_of(CALIBRATION, model.tokenizer.json))
+        sizes = measure_sizes(model.module, tokens_of(CALIBRATION, model.tokenizer.json))
         weights, kernels = prepare_for_rounding(weights, sizes), INTEGER_KERNELS
     report(f"tracing and writing the {precision} graph")
     write_onnx(StepGraph(weights, kernels, max_model_len), directory / describe.GRAPH_FILE)

@@ -71,7 +71,7 @@ def vocabulary(model: TrainedModel) -> Vocabulary:
     tokenizer = model.tokenizer
     return Vocabulary(
         file=TOKENIZER_FILE,
-        size=model.decoder.config.vocab_size,
+        size=model.module.config.vocab_size,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_ids=tokenizer.eos_token_ids,
         pad_token_id=tokenizer.pad_token_id,

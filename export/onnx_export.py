@@ -1,5 +1,6 @@
 """Writing a step graph as ONNX, with the tensor names of docs/bundle.md."""
 
+import logging
 import warnings
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def write_onnx(graph: StepGraph, path: Path) -> None:
         {0: axes["logit_rows"]},
         [(state, state) for _ in range(config.num_layers)],
     )
+    # The exporter tells of every operator of torchvision that it leaves out; there is none in our graphs.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         # PyTorch about itself: a deprecated pickle hook, and inputs that share an axis name.
         warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)`", FutureWarning)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from models.decoder import Decoder, DecoderLayer
+from models.decoder import Decoder
 from models.decoder_config import DecoderConfig
+from models.transformer import TransformerLayer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +91,7 @@ def _positions(decoder: Decoder) -> Tensor | None:
     return decoder.position_embedding(torch.arange(decoder.config.max_model_len)).detach()
 
 
-def _layer(layer: DecoderLayer) -> LayerWeights:
+def _layer(layer: TransformerLayer) -> LayerWeights:
     attention, feed_forward = layer.attention, layer.feed_forward
     return LayerWeights(
         attention_norm=_norm(layer.attention_norm),

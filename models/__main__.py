@@ -76,10 +76,10 @@ def _show(arguments: argparse.Namespace) -> None:
     for name in ("source", "licence", "recipe", "data"):
         if (value := getattr(model, name)) is not None:
             print(f"{name:<16}{value}")
-    for name, value in asdict(model.decoder.config).items():
+    for name, value in asdict(model.module.config).items():
         print(f"{name:<16}{value}")
-    print(f"{'parameters':<16}{sum(parameter.numel() for parameter in model.decoder.parameters()):,}")
-    specs = model.decoder.state_specs()
+    print(f"{'parameters':<16}{sum(parameter.numel() for parameter in model.module.parameters()):,}")
+    specs = model.module.state_specs()
     for spec in specs:
         print(f"state {spec.name:<10}{spec.rule:<8} {spec.dtype} {list(spec.shape)}")
     print(f"{'states':<16}{sum(spec.bytes_per_token for spec in specs):,} bytes for each token")

@@ -1,8 +1,8 @@
-"""Checkpoints: a decoder with its tokenizer and its provenance, in a directory.
+"""Checkpoints: a model with its tokenizers and its provenance, in a directory.
 
-`config.json` holds the configuration, special ids and provenance, `tokenizer.json` is in the format of Hugging
-Face tokenizers, `model.safetensors` holds the weights under the decoder's own names. It does not know where weights
-came from.
+`config.json` holds the family, the configuration, special ids and provenance; `tokenizer.json`, and
+`source_tokenizer.json` where the source is text of its own, are in the format of Hugging Face tokenizers;
+`model.safetensors` holds the weights under the model's own names. It does not know where weights came from.
 """
 
 import json
@@ -16,11 +16,14 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from models.decoder import Decoder, DecoderConfig
+from models.families import FAMILIES, family_of
+from models.model import Model
+from models.training.config import from_table
 
-FORMAT = "attendant-checkpoint-1"
+FORMAT = "attendant-checkpoint-2"
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
+SOURCE_TOKENIZER = "source_tokenizer.json"
 WEIGHTS = "model.safetensors"
 
 
@@ -50,16 +53,20 @@ class TokenizerInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedModel:
-    """A decoder that can be used: weights, tokenizer, and where they come from.
+    """A model that can be used: weights, tokenizers, and where they come from.
 
+    `tokenizer` is that of the text that is generated or, where none is, of the text that is read; None where there
+    is no text. `source_tokenizer` is that of an encoder's source if it differs. `labels` name a classifier's classes.
     `source` names the origin, `licence` is an SPDX identifier where one exists, `recipe` and `data` are set for
     models trained here.
     """
 
-    decoder: Decoder
-    tokenizer: TokenizerInfo
+    module: Model
+    tokenizer: TokenizerInfo | None
     source: str
     licence: str
+    source_tokenizer: TokenizerInfo | None = None
+    labels: tuple[str, ...] | None = None
     recipe: str | None = None
     data: str | None = None
 
@@ -76,17 +83,14 @@ def save(model: TrainedModel, directory: str | Path) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        weights = {name: tensor.detach().contiguous() for name, tensor in model.decoder.state_dict().items()}
-        if model.decoder.config.tie_embeddings:
-            del weights["lm_head.weight"]
-        save_file(weights, scratch / WEIGHTS)
-        (scratch / TOKENIZER).write_text(model.tokenizer.json, encoding="utf-8")
-        tokenizer = asdict(model.tokenizer)
-        del tokenizer["json"]
+        save_file(model.module.weights(), scratch / WEIGHTS)
         document = {
             "format": FORMAT,
-            "decoder": asdict(model.decoder.config),
-            "tokenizer": tokenizer,
+            "family": family_of(model.module),
+            "config": asdict(model.module.config),
+            "tokenizer": _write_tokenizer(model.tokenizer, scratch / TOKENIZER),
+            "source_tokenizer": _write_tokenizer(model.source_tokenizer, scratch / SOURCE_TOKENIZER),
+            "labels": model.labels,
             "source": model.source,
             "licence": model.licence,
             "recipe": model.recipe,
@@ -106,22 +110,20 @@ def save(model: TrainedModel, directory: str | Path) -> None:
 
 
 def load(directory: str | Path) -> TrainedModel:
-    """Read a checkpoint; the decoder is in evaluation mode.
+    """Read a checkpoint; the model is in evaluation mode.
 
     Raises:
         CheckpointError: a file is missing or malformed, or weights and configuration disagree.
     """
     directory = Path(directory)
-    for name in (CONFIG, TOKENIZER, WEIGHTS):
+    for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
             raise CheckpointError(f"{directory} is not a whole checkpoint: {name} is missing")
     try:
         document = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise CheckpointError(f"{directory / CONFIG} is not of format {FORMAT}")
-        tokenizer_json = (directory / TOKENIZER).read_text(encoding="utf-8")
-        weights = load_file(directory / WEIGHTS)
-        return _assemble(document, tokenizer_json, weights)
+        return _assemble(document, directory)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
         raise CheckpointError(f"{directory} cannot be read: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
@@ -130,14 +132,48 @@ def load(directory: str | Path) -> TrainedModel:
         raise CheckpointError(f"{directory} does not fit together: {error}") from error
 
 
-def _assemble(document: dict[str, Any], tokenizer_json: str, weights: dict[str, Any]) -> TrainedModel:
-    tokenizer = document["tokenizer"]
-    tokenizer = tokenizer | {"json": tokenizer_json, "eos_token_ids": tuple(tokenizer["eos_token_ids"])}
+def _assemble(document: dict[str, Any], directory: Path) -> TrainedModel:
+    model_class = FAMILIES.get(document["family"])
+    if model_class is None:
+        raise CheckpointError(
+            f"{directory / CONFIG}: family is {document['family']!r}; known are {', '.join(sorted(FAMILIES))}"
+        )
+    labels = document["labels"]
+    # The configuration has no nulls that matter: a field that is absent takes its default.
+    config = from_table(model_class.config_class, _without_nulls(document["config"]))
     return TrainedModel(
-        decoder=Decoder.from_weights(DecoderConfig(**document["decoder"]), weights),
-        tokenizer=TokenizerInfo(**tokenizer),
+        module=model_class.from_weights(config, load_file(directory / WEIGHTS)),
+        tokenizer=_read_tokenizer(document["tokenizer"], directory / TOKENIZER),
+        source_tokenizer=_read_tokenizer(document["source_tokenizer"], directory / SOURCE_TOKENIZER),
+        labels=None if labels is None else tuple(labels),
         source=document["source"],
         licence=document["licence"],
         recipe=document["recipe"],
         data=document["data"],
     )
+
+
+def _write_tokenizer(tokenizer: TokenizerInfo | None, path: Path) -> dict[str, Any] | None:
+    if tokenizer is None:
+        return None
+    path.write_text(tokenizer.json, encoding="utf-8")
+    document = asdict(tokenizer)
+    del document["json"]
+    return document
+
+
+def _read_tokenizer(document: dict[str, Any] | None, path: Path) -> TokenizerInfo | None:
+    if document is None:
+        return None
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} is not a whole checkpoint: {path.name} is missing")
+    eos_token_ids = tuple(document["eos_token_ids"])
+    return TokenizerInfo(**document | {"json": path.read_text(encoding="utf-8"), "eos_token_ids": eos_token_ids})
+
+
+def _without_nulls(table: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_nulls(value) if isinstance(value, dict) else value
+        for name, value in table.items()
+        if value is not None
+    }

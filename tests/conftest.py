@@ -51,7 +51,7 @@ def tiny_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     model = TrainedModel(
-        decoder=decoder.eval(),
+        module=decoder.eval(),
         tokenizer=TokenizerInfo(
             json=tokenizer.to_str(),
             bos_token_id=0,

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.attention.normalizers import Normalizer, masked_softmax
+
 
 def allow(
     query_positions: Tensor,
@@ -47,23 +49,6 @@ def allow(
     return mask[:, None]
 
 
-def masked_softmax(scores: Tensor, mask: Tensor | None = None, dim: int = -1) -> Tensor:
-    """Softmax over the allowed entries; a slice with none is exactly zero, with zero gradient.
-
-    Half precision is computed in float32. The result has the dtype of `scores`.
-    """
-    x = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
-    if mask is not None:
-        x = x.masked_fill(~mask, -math.inf)
-    if x.shape[dim] == 0:
-        return x.to(scores.dtype)
-    peak = x.detach().amax(dim, keepdim=True)
-    peak = peak.masked_fill(peak == -math.inf, 0.0)  # -inf - -inf is NaN
-    exponentials = torch.exp(x - peak)
-    total = exponentials.sum(dim, keepdim=True)
-    return (exponentials / total.masked_fill(total == 0.0, 1.0)).to(scores.dtype)
-
-
 def attend(
     query: Tensor,
     key: Tensor,
@@ -72,6 +57,8 @@ def attend(
     *,
     bias: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    normalizer: Normalizer = masked_softmax,
     dropout: float = 0.0,
     need_weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
@@ -87,7 +74,9 @@ def attend(
         mask: boolean, broadcastable to (B, H, T, S).
         bias: floating point, added to the scaled scores, broadcastable to (B, H, T, S).
         scale: 1 / sqrt(D) when None.
-        dropout: probability that a weight is dropped after the softmax; callers pass 0 outside training.
+        softcap: scaled scores x become softcap * tanh(x / softcap) before bias and mask are applied.
+        normalizer: turns scores and mask into weights.
+        dropout: probability that a weight is dropped after it was normalised; callers pass 0 outside training.
         need_weights: also return the weights, before dropout.
 
     Returns:
@@ -95,8 +84,10 @@ def attend(
 
     Raises:
         TypeError: the mask is not boolean.
-        ValueError: shapes disagree, or H is not a multiple of K.
+        ValueError: shapes disagree, H is not a multiple of K, or softcap is not above 0.
     """
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}; it must be above 0")
     _check_shapes(query, key, value, mask)
     rows, num_heads, num_queries, head_dim = query.shape
     num_kv_heads, num_keys = key.shape[1:3]
@@ -112,16 +103,18 @@ def attend(
         reachable = mask.expand(*(1,) * (4 - mask.dim()), *mask.shape).any(-2)  # (B or 1, H or 1, S or 1)
         key, value = _hide(key, value, reachable, num_kv_heads)
         mask = _group(mask, full, num_kv_heads)
-    if bias is None and not need_weights:
+    if bias is None and softcap is None and normalizer is masked_softmax and not need_weights:
         output = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)
         return output.reshape(*full[:3], -1), None
     half = query.dtype in (torch.float16, torch.bfloat16)
     if half:  # products of half-precision vectors overflow before they are scaled
         query, key = query.float(), key.float()
     scores = (query * scale) @ key.mT
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + _group(bias, full, num_kv_heads)
-    weights = masked_softmax(scores, mask).to(value.dtype)
+    weights = normalizer(scores, mask).to(value.dtype)
     output = F.dropout(weights, dropout) @ value
     return output.reshape(*full[:3], -1), weights.reshape(full) if need_weights else None
 

@@ -1,42 +1,44 @@
-"""Multi-head attention with its projections; grouped and multi-query by the number of key/value heads.
+"""Multi-head self- and cross-attention; grouped and multi-query by the number of key/value heads.
 
 Shapes: B rows, T new tokens, S keys, E model width, H query heads, K key/value heads, D head width, C slots.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal
 
-from torch import Tensor, arange, nn
+import torch
+from torch import Tensor, arange
 
 from models.attention.functional import allow, attend
-from models.attention.positions import Rotary
-from models.states import CAPACITY, Chunk, StateRule, StateSpec, append
+from models.attention.heads import Attended, Heads
+from models.attention.normalizers import Normalizer, masked_softmax
+from models.attention.positions import Rotary, alibi_bias, alibi_slopes
+from models.attention.window import window_attend
+from models.states import CAPACITY, SOURCE, Chunk, StateRule, StateSpec, append, ring_positions, ring_write
+
+WindowState = Literal["append", "ring"]
 
 
-class Attended(NamedTuple):
-    """Output (B, T, E), weights (B, H, T, S) if asked for, and the next state by name if there is one."""
-
-    output: Tensor
-    weights: Tensor | None
-    present: dict[str, Tensor]
-
-
-class MultiHeadAttention(nn.Module):
+class MultiHeadAttention(Heads):
     """Self-attention over the tokens of a chunk and, with a past, over all that came before.
 
     Args:
         d_model: width of input and output.
         num_heads: query heads.
-        num_kv_heads: key/value heads; `num_heads` when None.
-        head_dim: width of a head; d_model / num_heads when None.
         causal: a token sees itself and what precedes it; required for a past.
         rotary: rotates queries and keys at their absolute positions.
-        qkv_bias: query, key and value have a bias.
-        output_bias: the output projection has a bias.
+        alibi: scores fall with the distance, by a slope for each head.
+        window: a token sees so many tokens, itself included, if causal; and fewer than so many to either side,
+            itself aside, if not. None is no limit.
+        window_state: what a windowed layer remembers: "append" keeps every position (and declares that those behind
+            the window may be released), "ring" keeps the last ones in `window` slots.
+        softcap: scores are squashed into (-softcap, softcap) by a hyperbolic tangent.
+        normalizer: turns masked scores into weights; softmax, sparsemax or entmax15.
         dropout: on the weights, in training.
+        projections: the arguments of `Heads`.
 
     Raises:
-        ValueError: num_heads is no multiple of num_kv_heads, or d_model none of num_heads without a head_dim.
+        ValueError: sizes do not fit, or options exclude each other.
     """
 
     def __init__(
@@ -44,39 +46,43 @@ class MultiHeadAttention(nn.Module):
         d_model: int,
         num_heads: int,
         *,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
         causal: bool = False,
         rotary: Rotary | None = None,
-        qkv_bias: bool = False,
-        output_bias: bool = False,
+        alibi: bool = False,
+        window: int | None = None,
+        window_state: WindowState = "append",
+        softcap: float | None = None,
+        normalizer: Normalizer = masked_softmax,
         dropout: float = 0.0,
+        **projections: object,
     ):
-        super().__init__()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads % num_kv_heads:
-            raise ValueError(f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv_heads}")
-        if head_dim is None and d_model % num_heads:
-            raise ValueError(f"d_model {d_model} is not a multiple of num_heads {num_heads}; give head_dim")
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = d_model // num_heads if head_dim is None else head_dim
+        super().__init__(d_model, num_heads, **projections)
+        if window is not None and window < 1:
+            raise ValueError(f"window is {window}; it must be at least 1, the token itself")
+        if window_state not in ("append", "ring"):
+            raise ValueError(f"window_state is {window_state!r}; it must be append or ring")
+        if window_state == "ring" and (window is None or not causal):
+            raise ValueError("window_state is 'ring', which needs causal attention with a window")
+        if alibi and rotary is not None:
+            raise ValueError("alibi and rotary are both given; choose one kind of positions")
         self.causal = causal
         self.rotary = rotary
+        self.window = window
+        self.ring = window_state == "ring"
+        self.softcap = softcap
+        self.normalizer = normalizer
         self.dropout = dropout
-        self.query = nn.Linear(d_model, num_heads * self.head_dim, bias=qkv_bias)
-        self.key = nn.Linear(d_model, num_kv_heads * self.head_dim, bias=qkv_bias)
-        self.value = nn.Linear(d_model, num_kv_heads * self.head_dim, bias=qkv_bias)
-        self.output = nn.Linear(num_heads * self.head_dim, d_model, bias=output_bias)
+        self.alibi = alibi
 
     def state_specs(self) -> tuple[StateSpec, ...]:
         """Declare what must be remembered: keys (after rotation) and values, if causal; nothing otherwise."""
         if not self.causal:
             return ()
-        shape = (self.num_kv_heads, CAPACITY, self.head_dim)
+        rule = StateRule.RING if self.ring else StateRule.APPEND
+        shape = (self.num_kv_heads, self.window if self.ring else CAPACITY, self.head_dim)
+        dtype = self.key.weight.dtype
         return tuple(
-            StateSpec(name=name, rule=StateRule.APPEND, dtype=self.key.weight.dtype, shape=shape)
-            for name in ("key", "value")
+            StateSpec(name=name, rule=rule, dtype=dtype, shape=shape, window=self.window) for name in ("key", "value")
         )
 
     def forward(
@@ -84,31 +90,126 @@ class MultiHeadAttention(nn.Module):
     ) -> Attended:
         """Attend from x (B, T, E), the tokens of `chunk`.
 
-        With a `past` ("key" and "value", each (B, K, C, D)) the keys are its C slots with the new tokens written.
+        With a `past` ("key" and "value", each (B, K, C, D)) the keys are its C slots with the new tokens written; of
+        a ring, its C slots and then the T new tokens.
 
         Raises:
             ValueError: a past is given to attention that is not causal.
         """
         if past is not None and not self.causal:
             raise ValueError("a past needs causal attention: later tokens would change what earlier ones saw")
-        query = self._heads(self.query(x), self.num_heads)
-        key = self._heads(self.key(x), self.num_kv_heads)
-        value = self._heads(self.value(x), self.num_kv_heads)
+        query, key, value = self.queries(x), self.keys(x), self.values(x)
         positions = chunk.positions  # (B or 1, T)
         if self.rotary is not None:
             query, key = self.rotary(query, positions), self.rotary(key, positions)
         present: dict[str, Tensor] = {}
         if past is None:
+            if self._blocks(chunk, need_weights):
+                right = 0 if self.causal else self.window - 1
+                context = window_attend(query, key, value, left=self.window - 1, right=right, key_valid=chunk.valid)
+                return Attended(self.merge(context), None, present)
             key_positions, key_valid = positions, chunk.valid
+        elif self.ring:
+            present = {"key": ring_write(past["key"], key, chunk), "value": ring_write(past["value"], value, chunk)}
+            # The new tokens are read beside the ring, not from it: writing first would overwrite what they still see.
+            held = ring_positions(chunk.start, past["key"].shape[2])
+            key, value = torch.cat((past["key"], key), 2), torch.cat((past["value"], value), 2)
+            rows = max(len(held), len(positions), len(chunk.valid))
+            key_positions = torch.cat((held.expand(rows, -1), positions.expand(rows, -1)), 1)
+            key_valid = torch.cat(((held >= 0).expand(rows, -1), chunk.valid.expand(rows, -1)), 1)
         else:
             key, value = append(past["key"], key, chunk), append(past["value"], value, chunk)
             present = {"key": key, "value": value}
             key_positions = arange(key.shape[2], device=x.device)[None]  # (1, C)
             key_valid = key_positions < (chunk.start + chunk.lengths)[:, None]
-        mask = allow(positions, key_positions, causal=self.causal, key_valid=key_valid)
-        dropout = self.dropout if self.training else 0.0
-        context, weights = attend(query, key, value, mask, dropout=dropout, need_weights=need_weights)
-        return Attended(self.output(context.transpose(1, 2).flatten(2)), weights, present)
+        left = None if self.window is None else self.window - 1
+        mask = allow(
+            positions, key_positions, causal=self.causal, left=left, right=None if self.causal else left,
+            key_valid=key_valid,
+        )  # fmt: skip
+        bias = None
+        if self.alibi:
+            bias = alibi_bias(alibi_slopes(self.num_heads).to(x.device), positions, key_positions).to(query.dtype)
+        context, weights = attend(
+            query,
+            key,
+            value,
+            mask,
+            bias=bias,
+            softcap=self.softcap,
+            normalizer=self.normalizer,
+            dropout=self.dropout if self.training else 0.0,
+            need_weights=need_weights,
+        )
+        return Attended(self.merge(context), weights, present)
 
-    def _heads(self, x: Tensor, num_heads: int) -> Tensor:
-        return x.unflatten(-1, (num_heads, self.head_dim)).transpose(1, 2)  # (B, T, H * D) -> (B, H, T, D)
+    def _blocks(self, chunk: Chunk, need_weights: bool) -> bool:
+        """Say whether the blocked path applies: it has plain softmax only, and pays from a few windows on."""
+        if self.window is None or chunk.num_tokens <= 4 * self.window:
+            return False
+        plain = not self.alibi and self.softcap is None and self.normalizer is masked_softmax
+        return plain and not need_weights and not (self.training and self.dropout > 0.0)
+
+
+class CrossAttention(Heads):
+    """Attention from a sequence to a memory: what an encoder made of a source.
+
+    Keys and values are made once for a memory and stay as they are; positions play no part.
+
+    Args:
+        d_model: width of input and output.
+        num_heads: query heads.
+        softcap: scores are squashed into (-softcap, softcap) by a hyperbolic tangent.
+        normalizer: turns masked scores into weights.
+        dropout: on the weights, in training.
+        projections: the arguments of `Heads`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        softcap: float | None = None,
+        normalizer: Normalizer = masked_softmax,
+        dropout: float = 0.0,
+        **projections: object,
+    ):
+        super().__init__(d_model, num_heads, **projections)
+        self.softcap = softcap
+        self.normalizer = normalizer
+        self.dropout = dropout
+
+    def state_specs(self) -> tuple[StateSpec, ...]:
+        """Declare the keys and values of the memory."""
+        shape = (self.num_kv_heads, SOURCE, self.head_dim)
+        return tuple(
+            StateSpec(name=name, rule=StateRule.FIXED, dtype=self.key.weight.dtype, shape=shape)
+            for name in ("key", "value")
+        )
+
+    def project(self, memory: Tensor) -> dict[str, Tensor]:
+        """Return "key" and "value" (B, K, S, D) of a memory (B, S, M)."""
+        return {"key": self.keys(memory), "value": self.values(memory)}
+
+    def forward(
+        self,
+        x: Tensor,
+        projected: Mapping[str, Tensor],
+        memory_valid: Tensor | None = None,
+        *,
+        need_weights: bool = False,
+    ) -> Attended:
+        """Attend from x (B, T, E) to a projected memory, of which `memory_valid` (B or 1, S) is False at padding."""
+        mask = None if memory_valid is None else memory_valid[:, None, None, :]
+        context, weights = attend(
+            self.queries(x),
+            projected["key"],
+            projected["value"],
+            mask,
+            softcap=self.softcap,
+            normalizer=self.normalizer,
+            dropout=self.dropout if self.training else 0.0,
+            need_weights=need_weights,
+        )
+        return Attended(self.merge(context), weights, {})

@@ -1,7 +1,8 @@
-"""Positions: rotary, learned and sinusoidal. All take absolute positions, so decoding and prefill agree.
+"""Positions: rotary, learned, sinusoidal and linear biases. All take absolute positions, so decoding and prefill agree.
 
 Shapes: B rows, T tokens, E model width, D head width, R rotated width (R <= D), P positions.
-Sources: Su et al., RoFormer, 2021, arXiv:2104.09864; Vaswani et al., 2017, arXiv:1706.03762.
+Sources: Su et al., RoFormer, 2021, arXiv:2104.09864; Vaswani et al., 2017, arXiv:1706.03762; Press et al., Train
+Short, Test Long (ALiBi), 2021, arXiv:2108.12409.
 """
 
 import torch
@@ -87,3 +88,29 @@ class LearnedPositions(nn.Module):
     def forward(self, positions: Tensor) -> Tensor:
         """Return (B or 1, T, E) for positions (B or 1, T), each below P."""
         return F.embedding(positions, self.weight)
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """Return one slope for each head, float32 (H,): a geometric series if H is a power of two.
+
+    Otherwise the series of the next lower power, followed by every other term of the next higher one.
+    """
+    lower = 1 << (num_heads.bit_length() - 1)
+    slopes = _geometric(lower) + _geometric(2 * lower)[0::2][: num_heads - lower]
+    return torch.tensor(slopes)
+
+
+def _geometric(num_heads: int) -> list[float]:
+    return [2.0 ** (-8.0 * (head + 1) / num_heads) for head in range(num_heads)]
+
+
+def alibi_bias(slopes: Tensor, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+    """Return what distance costs: -slope * |query position - key position|, float32 (B or 1, H, T, S).
+
+    Args:
+        slopes: (H,).
+        query_positions: (B or 1, T) integers.
+        key_positions: (B or 1, S) integers.
+    """
+    distance = (query_positions[:, :, None] - key_positions[:, None, :]).abs()
+    return -slopes[:, None, None] * distance[:, None]

@@ -74,7 +74,7 @@ def read(path: str | Path) -> TrainedModel:
         raise ReadError(f"{path}: {error}") from error
     name = metadata.get("general.name", path.stem)
     return TrainedModel(
-        decoder=decoder,
+        module=decoder,
         tokenizer=tokenizer,
         source=f"{name} ({path.name})",
         licence=metadata.get("general.license", "unknown"),

@@ -70,7 +70,7 @@ def read(directory: str | Path) -> TrainedModel:
         raise ReadError(f"{directory} cannot be read: {error}") from error
     except ValueError as error:
         raise ReadError(f"{directory}: {error}") from error
-    return TrainedModel(decoder=decoder, tokenizer=tokenizer, source=directory.name, licence=_licence(directory))
+    return TrainedModel(module=decoder, tokenizer=tokenizer, source=directory.name, licence=_licence(directory))
 
 
 def _load(directory: Path) -> dict[str, Tensor]:

@@ -161,7 +161,7 @@ def _trained(decoder: Decoder, corpus: Corpus, text: TextConfig) -> TrainedModel
         chat_template=None,
     )
     return TrainedModel(
-        decoder=decoder,
+        module=decoder,
         tokenizer=tokenizer,
         source="trained by the recipe lm",
         licence=text.licence,

@@ -1,6 +1,7 @@
 """Recipe configurations: frozen dataclasses, read from TOML tables in which an unknown name is an error."""
 
 import dataclasses
+import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -59,8 +60,8 @@ def from_table(cls: type[T], table: Mapping[str, Any], path: str = "") -> T:
     required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
     if missing := sorted(required - table.keys()):
         raise ConfigError(f"{path}{missing[0]} is missing")
-    types = typing.get_type_hints(cls)
-    values = {name: _value(types[name], value, f"{path}{name}") for name, value in table.items()}
+    kinds = typing.get_type_hints(cls)
+    values = {name: _value(kinds[name], value, f"{path}{name}") for name, value in table.items()}
     try:
         return cls(**values)
     except ValueError as error:
@@ -68,6 +69,8 @@ def from_table(cls: type[T], table: Mapping[str, Any], path: str = "") -> T:
 
 
 def _value(kind: Any, value: Any, path: str) -> Any:
+    if isinstance(kind, types.UnionType):  # a table says None by leaving the name out
+        kind = next(choice for choice in typing.get_args(kind) if choice is not type(None))
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path} is {value!r}; it must be a table")

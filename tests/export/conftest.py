@@ -56,7 +56,7 @@ def small_model(**choices: object) -> TrainedModel:
     tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return TrainedModel(
-        decoder=decoder,
+        module=decoder,
         tokenizer=TokenizerInfo(
             json=tokenizer.to_str(),
             bos_token_id=None,

@@ -19,7 +19,7 @@ def runner_of(exported, precision: str, *, num_threads: int = 1) -> Runner:
 
 def oracle(exported, text: np.ndarray) -> np.ndarray:
     with torch.no_grad():
-        return exported["fp32"].model.decoder(torch.from_numpy(text)[None])[0].numpy()
+        return exported["fp32"].model.module(torch.from_numpy(text)[None])[0].numpy()
 
 
 def random_text(seed: int, length: int = CAPACITY) -> np.ndarray:
@@ -113,7 +113,7 @@ def test_the_graph_is_valid_onnx_with_named_axes(exported, precision):
         tensor.name: [axis.dim_param or axis.dim_value for axis in tensor.type.tensor_type.shape.dim]
         for tensor in (*model.graph.input, *model.graph.output)
     }
-    config = exported[precision].model.decoder.config
+    config = exported[precision].model.module.config
     assert axes["token_ids"] == ["rows", "tokens"]
     assert axes["logits"] == ["logit_rows", 256]
     assert axes["past.1.value"] == axes["present.1.value"] == ["rows", config.num_kv_heads, "capacity", config.head_dim]
@@ -121,7 +121,7 @@ def test_the_graph_is_valid_onnx_with_named_axes(exported, precision):
 
 
 def test_tied_embeddings_are_stored_once(exported):
-    config = exported["fp32"].model.decoder.config
+    config = exported["fp32"].model.module.config
     model = onnx.load(exported["fp32"].directory / "step.onnx", load_external_data=False)
     shape = [config.vocab_size, config.d_model]
     tables = [tensor.name for tensor in model.graph.initializer if list(tensor.dims) == shape]
@@ -129,7 +129,7 @@ def test_tied_embeddings_are_stored_once(exported):
 
 
 def test_an_8_bit_graph_stores_no_matrix_in_floats(exported):
-    config = exported["int8"].model.decoder.config
+    config = exported["int8"].model.module.config
     model = onnx.load(exported["int8"].directory / "step.onnx", load_external_data=False)
     floats = [
         tensor

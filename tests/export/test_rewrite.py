@@ -16,7 +16,7 @@ from models.decoder import Decoder
 
 def rewritten(model: TrainedModel) -> DecoderWeights:
     text = tokens_of(CALIBRATION, model.tokenizer.json)
-    return prepare_for_rounding(decoder_weights(model.decoder), measure_sizes(model.decoder, text))
+    return prepare_for_rounding(decoder_weights(model.module), measure_sizes(model.module, text))
 
 
 def decoder_of(weights: DecoderWeights) -> Decoder:
@@ -47,7 +47,7 @@ def decoder_of(weights: DecoderWeights) -> Decoder:
 def test_the_rewritten_decoder_computes_the_same(family):
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 80)))
     with torch.no_grad():
-        expected, measured = family.decoder(tokens), decoder_of(rewritten(family))(tokens)
+        expected, measured = family.module(tokens), decoder_of(rewritten(family))(tokens)
     assert (measured - expected).abs().max() <= 5e-6 * expected.abs().max()
 
 
@@ -61,12 +61,12 @@ def test_every_norm_that_is_left_has_no_gain_and_no_bias(family):
 
 
 def test_a_lone_large_component_of_the_residual_stream_is_spread(llama):
-    weights = decoder_weights(llama.decoder)
+    weights = decoder_weights(llama.module)
     spiked = weights.token_embedding.clone()
     spiked[:, 5] += 20.0
     before = prominence(spiked)
     text = tokens_of(CALIBRATION, llama.tokenizer.json)
-    after = prepare_for_rounding(replace(weights, token_embedding=spiked), measure_sizes(llama.decoder, text))
+    after = prepare_for_rounding(replace(weights, token_embedding=spiked), measure_sizes(llama.module, text))
     assert before.median() > 5.0
     assert prominence(after.token_embedding).median() < 3.5
 
@@ -83,8 +83,8 @@ def test_a_rotation_is_orthogonal_and_the_same_for_the_same_seed():
 
 
 def test_components_that_are_never_active_are_left_finite(llama):
-    weights = decoder_weights(llama.decoder)
-    sizes = measure_sizes(llama.decoder, tokens_of(CALIBRATION, llama.tokenizer.json))
+    weights = decoder_weights(llama.module)
+    sizes = measure_sizes(llama.module, tokens_of(CALIBRATION, llama.tokenizer.json))
     silent = tuple(
         replace(size, hidden=torch.zeros_like(size.hidden), context=size.context * (torch.arange(64) % 3 > 0))
         for size in sizes
@@ -94,5 +94,5 @@ def test_components_that_are_never_active_are_left_finite(llama):
 
 
 def test_measuring_leaves_no_hook_behind(llama):
-    measure_sizes(llama.decoder, tokens_of(CALIBRATION, llama.tokenizer.json))
-    assert all(not module._forward_pre_hooks for module in llama.decoder.modules())
+    measure_sizes(llama.module, tokens_of(CALIBRATION, llama.tokenizer.json))
+    assert all(not module._forward_pre_hooks for module in llama.module.modules())

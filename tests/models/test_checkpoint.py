@@ -29,7 +29,7 @@ def trained_model(*, tie_embeddings=True, seed=0):
         tie_embeddings=tie_embeddings,
     )
     return TrainedModel(
-        decoder=Decoder(config).eval(),
+        module=Decoder(config).eval(),
         tokenizer=TokenizerInfo(
             json='{"naïve": true}',
             bos_token_id=3,
@@ -52,12 +52,12 @@ def test_what_is_saved_comes_back(tie_embeddings, tmp_path):
     loaded = checkpoint.load(tmp_path / "deep" / "model")
     for field in ("tokenizer", "source", "licence", "recipe", "data"):
         assert getattr(loaded, field) == getattr(model, field)
-    assert loaded.decoder.config == model.decoder.config
-    assert not loaded.decoder.training
-    ours, theirs = model.decoder.state_dict(), loaded.decoder.state_dict()
+    assert loaded.module.config == model.module.config
+    assert not loaded.module.training
+    ours, theirs = model.module.state_dict(), loaded.module.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    tied = loaded.decoder.lm_head.weight is loaded.decoder.token_embedding.weight
+    tied = loaded.module.lm_head.weight is loaded.module.token_embedding.weight
     assert tied is tie_embeddings
 
 
@@ -68,7 +68,7 @@ def test_saving_again_replaces_and_leaves_nothing_else(tmp_path):
     checkpoint.save(newer, directory)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     loaded = checkpoint.load(directory)
-    assert torch.equal(loaded.decoder.lm_head.weight, newer.decoder.lm_head.weight)
+    assert torch.equal(loaded.module.lm_head.weight, newer.module.lm_head.weight)
 
 
 def test_a_directory_of_something_else_is_left_alone(tmp_path):
@@ -122,10 +122,10 @@ def test_damage_is_reported_with_the_directory(tmp_path):
     damage("config.json", lambda data: data[:50])
     damage("tokenizer.json", lambda data: b"\xff" + data)
     assert "not of format" in damage("config.json", edit(None, "format", "other"))
-    assert "d_ff is 0" in damage("config.json", edit("decoder", "d_ff", 0))
-    assert "surprise" in damage("config.json", edit("decoder", "surprise", 1))
-    assert "shape (40, 16)" in damage("config.json", edit("decoder", "vocab_size", 41))
-    assert "missing tensors: layers.2." in damage("config.json", edit("decoder", "num_layers", 3))
+    assert "d_ff is 0" in damage("config.json", edit("config", "d_ff", 0))
+    assert "surprise" in damage("config.json", edit("config", "surprise", 1))
+    assert "shape (40, 16)" in damage("config.json", edit("config", "vocab_size", 41))
+    assert "missing tensors: layers.2." in damage("config.json", edit("config", "num_layers", 3))
 
 
 def test_adding_a_bos_token_needs_one():

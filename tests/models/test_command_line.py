@@ -16,7 +16,7 @@ def imported(tmp_path_factory):
 
 def test_an_imported_checkpoint_holds_the_model(imported, smollm2_135m):
     model = checkpoint.load(imported)
-    assert model.decoder.config == smollm2_135m.decoder.config
+    assert model.module.config == smollm2_135m.module.config
     assert (model.tokenizer, model.licence) == (smollm2_135m.tokenizer, "apache-2.0")
 
 

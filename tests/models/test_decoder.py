@@ -153,7 +153,7 @@ def test_the_declared_states_say_what_is_kept():
 @torch.no_grad()
 def test_attention_weights_are_those_the_logits_used():
     decoder, token_ids = decoder_of("gpt2"), tokens(2, 9)
-    weights = decoder.attention_weights(token_ids, torch.tensor([9, 4]))
+    weights, _ = decoder.attention_weights(token_ids, torch.tensor([9, 4]))
     assert [tuple(layer.shape) for layer in weights] == [(2, 6, 9, 9)] * 3
     for layer in weights:
         torch.testing.assert_close(layer.sum(-1), torch.ones(2, 6, 9))
@@ -205,7 +205,7 @@ def test_sequences_beyond_the_limits_are_refused():
         ("d_ff", 2.5, "d_ff is 2.5; it must be an integer"),
         ("num_kv_heads", 4, "num_heads is 6; it must be a multiple of num_kv_heads, 4"),
         ("head_dim", 7, "head_dim is 7; rotary positions need an even one"),
-        ("positions", "alibi", "positions is 'alibi'; it must be one of rotary, learned, sinusoidal"),
+        ("positions", "relative", "positions is 'relative'; it must be one of rotary, learned, sinusoidal"),
         ("norm", "batch", "norm is 'batch'; it must be one of rms, layer"),
         ("activation", "tanh", "activation is 'tanh'; it must be one of swiglu, gelu, gelu_tanh, relu"),
         ("bias", True, "bias is True; it must be one of none, qkv, all"),

@@ -157,11 +157,11 @@ def test_float32_files_give_back_configuration_and_logits(architecture, write):
     decoder = random_decoder(architecture)
     model = gguf.read(write(decoder))
     expected = CONFIGS[architecture]
-    assert model.decoder.config == (
+    assert model.module.config == (
         expected if expected.positions == "rotary" else DecoderConfig(**fields(expected, rope_interleaved=False))
     )
     token_ids = torch.randint(300, (2, 20))
-    assert torch.equal(model.decoder(token_ids), decoder(token_ids))
+    assert torch.equal(model.module(token_ids), decoder(token_ids))
     assert (model.licence, model.source) == ("mit", "model (model.gguf)")
 
 
@@ -184,7 +184,7 @@ STEPS = {
 @pytest.mark.parametrize("kind", STEPS, ids=lambda kind: kind.name)
 def test_quantised_matrices_come_back_within_a_step(kind, write):
     decoder = random_decoder("llama")
-    read = gguf.read(write(decoder, kind)).decoder.state_dict()
+    read = gguf.read(write(decoder, kind)).module.state_dict()
     for name, original in decoder.state_dict().items():
         if original.dim() == 1:
             assert torch.equal(read[name], original), name

@@ -86,14 +86,14 @@ def test_logits_equal_those_of_transformers(name, write):
     model = huggingface.read(write(reference))
     token_ids = torch.randint(VOCAB_SIZE, (3, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        expected, actual = reference(token_ids).logits, model.decoder(token_ids)
+        expected, actual = reference(token_ids).logits, model.module(token_ids)
     assert (actual - expected).abs().max() / expected.abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_greedy_tokens_equal_those_of_transformers(name, write):
     reference = random_model(CONFIGS[name])
-    decoder = huggingface.read(write(reference)).decoder
+    decoder = huggingface.read(write(reference)).module
     prompt = [5, 250, 17, 99]
     expected = reference.generate(
         torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0
@@ -108,7 +108,7 @@ def test_a_checkpoint_of_it_computes_the_same(write, tmp_path):
     checkpoint.save(model, tmp_path / "ours")
     loaded = checkpoint.load(tmp_path / "ours")
     token_ids = torch.randint(VOCAB_SIZE, (2, 9))
-    assert torch.equal(loaded.decoder(token_ids), model.decoder(token_ids))
+    assert torch.equal(loaded.module(token_ids), model.module(token_ids))
     assert (loaded.tokenizer, loaded.source, loaded.licence) == (model.tokenizer, model.source, model.licence)
 
 
@@ -130,12 +130,12 @@ def test_shards_are_read_as_one_model(write):
     assert len(list(directory.glob("*.safetensors"))) > 2
     token_ids = torch.randint(VOCAB_SIZE, (1, 12))
     with torch.no_grad():
-        assert (huggingface.read(directory).decoder(token_ids) - reference(token_ids).logits).abs().max() < 1e-4
+        assert (huggingface.read(directory).module(token_ids) - reference(token_ids).logits).abs().max() < 1e-4
 
 
 def test_half_precision_weights_become_float32(write):
     model = huggingface.read(write(random_model(CONFIGS["gpt2"]).bfloat16()))
-    assert {parameter.dtype for parameter in model.decoder.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in model.module.parameters()} == {torch.float32}
 
 
 def test_the_model_card_names_the_licence(write):

@@ -19,16 +19,16 @@ def test_the_next_word_after_the_capital_of_france_is_paris(smollm2_135m):
     tokenizer = Tokenizer.from_str(smollm2_135m.tokenizer.json)
     token_ids = torch.tensor([tokenizer.encode("The capital of France is").ids])
     with torch.no_grad():
-        values, indices = smollm2_135m.decoder(token_ids)[0, -1].topk(3)
+        values, indices = smollm2_135m.module(token_ids)[0, -1].topk(3)
     assert [tokenizer.decode([index]) for index in indices.tolist()] == [" Paris", " the", " London"]
     assert values.tolist() == pytest.approx([17.37, 14.89, 13.24], abs=0.006)
 
 
 def test_its_configuration_and_tokenizer_are_those_of_the_file(smollm2_135m):
-    config, tokenizer = smollm2_135m.decoder.config, smollm2_135m.tokenizer
+    config, tokenizer = smollm2_135m.module.config, smollm2_135m.tokenizer
     assert (config.num_layers, config.d_model, config.num_heads, config.num_kv_heads) == (30, 576, 9, 3)
     assert (config.rope_theta, config.max_model_len, config.vocab_size) == (100000.0, 8192, 49152)
-    assert sum(parameter.numel() for parameter in smollm2_135m.decoder.parameters()) == 134_515_008
+    assert sum(parameter.numel() for parameter in smollm2_135m.module.parameters()) == 134_515_008
     assert (tokenizer.bos_token_id, tokenizer.eos_token_ids, tokenizer.add_bos) == (1, (2,), False)
     assert "<|im_start|>" in tokenizer.chat_template
     ours = Tokenizer.from_str(tokenizer.json)
@@ -40,7 +40,7 @@ def test_its_configuration_and_tokenizer_are_those_of_the_file(smollm2_135m):
 def test_steps_with_state_equal_one_pass(smollm2_135m):
     tokenizer = Tokenizer.from_str(smollm2_135m.tokenizer.json)
     token_ids = torch.tensor([tokenizer.encode(TEXT).ids])
-    decoder = smollm2_135m.decoder
+    decoder = smollm2_135m.module
     with torch.no_grad():
         expected, state, parts = decoder(token_ids), decoder.initial_state(1, 64), []
         for chunk in token_ids.split([5, 1, token_ids.shape[1] - 6], dim=1):
@@ -64,7 +64,7 @@ def test_transformers_reads_the_same_model_from_the_file(smollm2_135m):
     assert Tokenizer.from_str(smollm2_135m.tokenizer.json).encode(TEXT).ids == token_ids
     batch = torch.tensor([token_ids * 8])
     with torch.no_grad():
-        expected, actual = reference(batch).logits, smollm2_135m.decoder(batch)
+        expected, actual = reference(batch).logits, smollm2_135m.module(batch)
     assert (actual - expected).abs().max() / expected.abs().max() < 1e-5
 
 

@@ -93,7 +93,7 @@ def test_it_learns_more_than_counting_and_its_checkpoint_can_be_used(config_file
     assert (model.recipe, model.data, model.licence) == ("lm", "sentences about cats", "CC0-1.0")
     tokenizer = Tokenizer.from_str(model.tokenizer.json)
     prompt = tokenizer.encode("the cat saw the").ids
-    assert tokenizer.decode(greedy(model.decoder, prompt, 2)).strip().split()[0] in WHEN
+    assert tokenizer.decode(greedy(model.module, prompt, 2)).strip().split()[0] in WHEN
 
 
 def test_the_same_seed_repeats_a_run_bit_for_bit_and_another_does_not(config_file, tmp_path):

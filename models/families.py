@@ -1,0 +1,17 @@
+"""The architectures that a checkpoint can hold, by the name it gives them."""
+
+from models.decoder import Decoder
+from models.encoder import Encoder
+from models.encoder_decoder import EncoderDecoder
+from models.model import Model
+
+FAMILIES: dict[str, type[Model]] = {
+    "decoder": Decoder,
+    "encoder": Encoder,
+    "encoder-decoder": EncoderDecoder,
+}
+
+
+def family_of(model: Model) -> str:
+    """Return the name of a model's architecture."""
+    return next(name for name, model_class in FAMILIES.items() if type(model) is model_class)
