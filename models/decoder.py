@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attention.linear import LinearAttention
+from models.attention.mean import MeanAttention, MeanCrossAttention
 from models.attention.multihead import CrossAttention, MultiHeadAttention
 from models.attention.positions import LearnedPositions, Rotary, SinusoidalPositions
 from models.decoder_config import DecoderConfig
@@ -23,8 +24,10 @@ from models.transformer import TransformerLayer
 __all__ = ["Decoder", "DecoderConfig"]
 
 
-def self_attention(config: DecoderConfig, dropout: float) -> MultiHeadAttention | LinearAttention:
+def self_attention(config: DecoderConfig, dropout: float) -> nn.Module:
     """Build the causal self-attention that a configuration describes."""
+    if config.attention == "mean":
+        return MeanAttention(config.d_model, causal=True, bias=config.bias == "all")
     rotary = None
     if config.positions == "rotary":
         rotary = Rotary(config.head_dim, theta=config.rope_theta, interleaved=config.rope_interleaved)
@@ -61,8 +64,10 @@ def self_attention(config: DecoderConfig, dropout: float) -> MultiHeadAttention 
 
 def decoder_layer(config: DecoderConfig, d_memory: int | None, dropout: float) -> TransformerLayer:
     """Build one layer, with attention to a memory of width `d_memory` unless that is None."""
-    cross_attention = None
-    if d_memory is not None:
+    cross_attention: nn.Module | None = None
+    if d_memory is not None and config.attention == "mean":
+        cross_attention = MeanCrossAttention(config.d_model, d_memory, bias=config.bias == "all")
+    elif d_memory is not None:
         cross_attention = CrossAttention(
             config.d_model,
             config.num_heads,

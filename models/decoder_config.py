@@ -7,7 +7,7 @@ from models.checks import check_choices, check_integers, check_positive
 from models.layers import ACTIVATIONS, NORMS
 
 Positions = Literal["rotary", "learned", "sinusoidal", "alibi", "none"]
-Attention = Literal["softmax", "favor", "elu"]
+Attention = Literal["softmax", "favor", "elu", "mean"]
 WindowState = Literal["append", "ring"]
 Norm = Literal["rms", "layer"]
 Activation = Literal["swiglu", "gelu", "gelu_tanh", "relu"]
@@ -20,7 +20,8 @@ class DecoderConfig:
 
     `max_model_len` counts tokens, prompt and output together. `bias` says which linear layers have one. `head_dim`
     may differ from d_model / num_heads. `rope_*` matter only where `positions` is "rotary", `num_features` only where
-    `attention` is "favor", `window_state` only with a `window`. `scale_embeddings` multiplies token embeddings by the
+    `attention` is "favor", `window_state` only with a `window`; attention "mean" has neither heads nor use for rotary
+    positions, and takes the place of cross-attention too. `scale_embeddings` multiplies token embeddings by the
     square root of d_model, as Vaswani et al. do where sinusoids are added to them.
 
     Raises:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attention.linear import LinearAttention
+from models.attention.mean import MeanAttention
 from models.attention.multihead import MultiHeadAttention
 from models.attention.positions import LearnedPositions, Rotary, SinusoidalPositions
 from models.checks import check_choices, check_integers, check_positive
@@ -97,7 +98,9 @@ class EncoderStack(nn.Module):
         rotary = Rotary(config.d_model // config.num_heads) if config.positions == "rotary" else None
         options = {"rotary": rotary, "qk_norm": config.qk_norm, "qkv_bias": config.bias, "output_bias": config.bias}
         attention: nn.Module
-        if config.attention == "softmax":
+        if config.attention == "mean":
+            attention = MeanAttention(config.d_model, bias=config.bias)
+        elif config.attention == "softmax":
             attention = MultiHeadAttention(
                 config.d_model,
                 config.num_heads,

@@ -10,7 +10,6 @@ from typing import NamedTuple, Protocol
 from torch import Tensor, nn
 
 from models.attention.heads import Attended
-from models.attention.multihead import CrossAttention
 from models.layers import FeedForward
 from models.states import Chunk, StateSpec
 
@@ -30,6 +29,26 @@ class SelfAttention(Protocol):
         """Attend from x (B, T, E), the tokens of `chunk`, to themselves and to the past."""
 
 
+class AttentionToMemory(Protocol):
+    """What a layer asks of its cross-attention."""
+
+    def state_specs(self) -> tuple[StateSpec, ...]:
+        """Declare what is made of a memory."""
+
+    def project(self, memory: Tensor) -> dict[str, Tensor]:
+        """Return what is made of a memory (B, S, M), by the declared names."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        projected: Mapping[str, Tensor],
+        memory_valid: Tensor | None = None,
+        *,
+        need_weights: bool = False,
+    ) -> Attended:
+        """Attend from x (B, T, E) to a projected memory, of which `memory_valid` (B or 1, S) is False at padding."""
+
+
 class LayerOutput(NamedTuple):
     """x (B, T, E), both kinds of weights if asked for, and the next state by name if there is one."""
 
@@ -44,7 +63,7 @@ class TransformerLayer(nn.Module):
 
     Args:
         attention: any `SelfAttention` that is a module.
-        cross_attention: attention to a memory, or None.
+        cross_attention: any `AttentionToMemory` that is a module, or None.
         feed_forward: maps (B, T, E) to (B, T, E).
         norms: one norm for each of the two or three blocks, in their order.
         norm_first: x + f(norm(x)); otherwise norm(x + f(x)) as in Vaswani et al., 2017 (the difference: Xiong et al.,
@@ -58,7 +77,7 @@ class TransformerLayer(nn.Module):
         feed_forward: FeedForward,
         norms: list[nn.Module],
         *,
-        cross_attention: CrossAttention | None = None,
+        cross_attention: nn.Module | None = None,
         norm_first: bool = True,
         dropout: float = 0.0,
     ):
@@ -108,9 +127,9 @@ class TransformerLayer(nn.Module):
         x = self._after(x, attended.output, self.attention_norm)
         cross_weights = None
         if self.cross_attention is not None:
-            keys_and_values = {name: projected[CROSS + name] for name in ("key", "value")}
+            made = {spec.name: projected[CROSS + spec.name] for spec in self.cross_attention.state_specs()}
             query = self._before(x, self.cross_attention_norm)
-            crossed = self.cross_attention(query, keys_and_values, memory_valid, need_weights=need_weights)
+            crossed = self.cross_attention(query, made, memory_valid, need_weights=need_weights)
             x = self._after(x, crossed.output, self.cross_attention_norm)
             cross_weights = crossed.weights
         x = self._after(x, self.feed_forward(self._before(x, self.feed_forward_norm)), self.feed_forward_norm)
