@@ -121,7 +121,8 @@ def attend(
 
 def entropy(weights: Tensor) -> Tensor:
     """Entropy in nats of each distribution over the last axis; 0 for a one-hot or an all-zero row."""
-    return torch.special.entr(weights.double()).sum(-1).to(weights.dtype)
+    # 1 has the entropy of 0, and a finite slope, which training on entropy needs.
+    return torch.special.entr(weights.double().masked_fill(weights == 0.0, 1.0)).sum(-1).to(weights.dtype)
 
 
 def _group(tensor: Tensor, full: tuple[int, int, int, int], num_kv_heads: int) -> Tensor:
