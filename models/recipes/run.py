@@ -8,7 +8,7 @@ from pathlib import Path
 
 from models.training.config import ConfigError, from_table
 
-RECIPES = ("lm",)
+RECIPES = ("g2p", "lm")
 CONFIG = "recipe.json"
 
 

@@ -1,9 +1,10 @@
-"""What counting alone achieves: unigram and bigram models, so that a language model's loss means something.
+"""What counting alone achieves: unigram, bigram and two-sided models, so that a model's figures mean something.
 
-Shapes: N tokens of a stream, V vocabulary.
+Shapes: N tokens of a stream, V vocabulary, B windows, T tokens of a window.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 PRIOR_STRENGTHS = (10.0, 30.0, 100.0, 300.0, 1000.0)
@@ -35,3 +36,40 @@ def bigram_loss(training: Tensor, validation: Tensor, vocab_size: int) -> float:
 def _unigram(training: Tensor, vocab_size: int) -> Tensor:
     counts = torch.bincount(training, minlength=vocab_size).double() + 1
     return counts / counts.sum()
+
+
+_NEIGHBOURS = ((), (-1,), (-1, 1), (-1, 1, 2), (-2, -1, 1), (-2, -1, 1, 2))
+"""What a two-sided guess looks at, from the least telling to the most."""
+
+
+def two_sided_guesses(training: Tensor, windows: Tensor, vocab_size: int) -> Tensor:
+    """Guess every token of windows (B, T) by what stood most often between the same neighbours in training (N,).
+
+    The neighbours are two on each side, or as many of them as were ever seen together; a neighbour that is hidden by a
+    token which training does not have was never seen. Returns (B, T), ids below `vocab_size`.
+    """
+    base, guesses = vocab_size + 1, torch.zeros_like(windows)  # one id more, for what lies beyond a window
+    for offsets in _NEIGHBOURS:
+        found, guess = _most_frequent(
+            _contexts(training[None], offsets, base).flatten(), training, _contexts(windows, offsets, base), base
+        )
+        guesses = torch.where(found, guess, guesses)
+    return guesses
+
+
+def _contexts(windows: Tensor, offsets: tuple[int, ...], base: int) -> Tensor:
+    """Return one number for the neighbours of each token of windows (B, T)."""
+    contexts, padded = torch.zeros_like(windows), F.pad(windows, (2, 2), value=base - 1)
+    for offset in offsets:
+        contexts = contexts * base + padded[:, 2 + offset : 2 + offset + windows.shape[1]]
+    return contexts
+
+
+def _most_frequent(contexts: Tensor, tokens: Tensor, asked: Tensor, base: int) -> tuple[Tensor, Tensor]:
+    """Return whether each of `asked` is among `contexts` (N,), and which of `tokens` (N,) it came with most often."""
+    pairs, counts = torch.unique(contexts * base + tokens, return_counts=True)
+    pairs = pairs[counts.argsort(stable=True)]
+    pairs = pairs[(pairs // base).argsort(stable=True)]  # by context, the most frequent last
+    owners = pairs // base
+    last = (torch.searchsorted(owners, asked.contiguous(), right=True) - 1).clamp(min=0)
+    return owners[last] == asked, pairs[last] % base

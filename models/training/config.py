@@ -15,12 +15,17 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
-    """How long a run is, in optimiser steps, and the seed that everything random in it depends on."""
+    """How long a run is, in optimiser steps, and the seed that everything random in it depends on.
+
+    With `autocast` matrix products of the loss are computed in bfloat16: twice as fast on processors that have it.
+    Weights and evaluation stay as they are.
+    """
 
     seed: int
     steps: int
     batch_size: int
     evaluate_every: int
+    autocast: bool = False
 
     def __post_init__(self) -> None:
         _at_least(self, seed=0, steps=1, batch_size=1, evaluate_every=1)

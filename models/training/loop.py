@@ -56,7 +56,7 @@ def train(task: Task, run: RunConfig, optimiser_config: OptimiserConfig, directo
     with progress:
         for step in range(steps_done, run.steps):
             rate = learning_rate(step, run.steps, optimiser_config)
-            losses.append(_step(task, optimiser, rate, optimiser_config.clip_norm, _seed(run.seed, step)))
+            losses.append(_step(task, optimiser, rate, optimiser_config.clip_norm, run, step))
             done = step + 1
             progress.update()
             progress.set_postfix(loss=f"{losses[-1]:.3f}")
@@ -90,12 +90,16 @@ def learning_rate(step: int, steps: int, config: OptimiserConfig) -> float:
     return config.final_learning_rate + (config.learning_rate - config.final_learning_rate) * cosine
 
 
-def _step(task: Task, optimiser: torch.optim.Optimizer, rate: float, clip_norm: float, seed: int) -> float:
-    torch.manual_seed(seed)
+def _step(
+    task: Task, optimiser: torch.optim.Optimizer, rate: float, clip_norm: float, run: RunConfig, step: int
+) -> float:
+    torch.manual_seed(_seed(run.seed, step))
     for group in optimiser.param_groups:
         group["lr"] = rate
     task.module.train()
-    loss = task.loss()
+    device = next(task.module.parameters()).device.type
+    with torch.autocast(device, torch.bfloat16, enabled=run.autocast):
+        loss = task.loss()
     optimiser.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(task.module.parameters(), clip_norm)
