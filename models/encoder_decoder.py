@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.decoder import Decoder, DecoderConfig
 from models.encoder import Encoder, EncoderConfig
@@ -45,7 +45,60 @@ class SequenceWeights(NamedTuple):
     cross: list[Tensor]
 
 
-class EncoderDecoder(Model):
+class SourceToSequence(Model):
+    """What models share that write a sequence about a source of any kind; a subclass builds both sides.
+
+    `encoder` takes sources and lengths, returns a memory (B, S, E), and has `attention_weights` of the same arguments.
+    `decoder` attends to such a memory.
+    """
+
+    encoder: nn.Module
+    decoder: Decoder
+
+    def encode(self, source: Tensor, source_lengths: Tensor | None = None) -> Tensor:
+        """Return the memory (B, S, E) of sources, of which the first `source_lengths` (B,) of S are real."""
+        return self.encoder(source, source_lengths)
+
+    def begin(self, memory: Tensor, source_lengths: Tensor | None = None, capacity: int | None = None) -> State:
+        """Return the state of empty targets of at most `capacity` tokens, one for each row of a memory (B, S, E)."""
+        return self.decoder.initial_state(len(memory), capacity, memory=memory, source_lengths=source_lengths)
+
+    def decode(self, token_ids: Tensor, state: State, lengths: Tensor | None = None) -> tuple[Tensor, State]:
+        """Return logits (B, T, V) after each of the new target tokens (B, T), and the next state."""
+        return self.decoder(token_ids, state, lengths)
+
+    def forward(self, source: Tensor, token_ids: Tensor, source_lengths: Tensor | None = None) -> Tensor:
+        """Return logits (B, T, V) of the whole target token_ids (B, T), each position seeing what precedes it."""
+        memory = self.encode(source, source_lengths)
+        return self.decoder(token_ids, memory=memory, memory_valid=self._valid(memory, source_lengths))
+
+    def attention_weights(
+        self, source: Tensor, token_ids: Tensor, source_lengths: Tensor | None = None
+    ) -> SequenceWeights:
+        """Return the weights of all three kinds of attention; arguments are those of `forward`."""
+        memory = self.encode(source, source_lengths)
+        decoder, cross = self.decoder.attention_weights(
+            token_ids, memory=memory, memory_valid=self._valid(memory, source_lengths)
+        )
+        return SequenceWeights(self.encoder.attention_weights(source, source_lengths), decoder, cross)
+
+    @property
+    def tied_names(self) -> tuple[str, ...]:
+        """The decoder's, as they are called here."""
+        return tuple(f"decoder.{name}" for name in self.decoder.tied_names)
+
+    def tie(self) -> None:
+        """Make tied tensors one, after any was replaced."""
+        self.decoder.tie()
+
+    @staticmethod
+    def _valid(memory: Tensor, source_lengths: Tensor | None) -> Tensor | None:
+        if source_lengths is None:
+            return None
+        return torch.arange(memory.shape[1], device=memory.device) < source_lengths[:, None]
+
+
+class EncoderDecoder(SourceToSequence):
     """Source ids and target ids in, logits of the next target token out."""
 
     config_class = EncoderDecoderConfig
@@ -59,45 +112,11 @@ class EncoderDecoder(Model):
     @property
     def tied_names(self) -> tuple[str, ...]:
         """Names in the `state_dict` of tensors that are another's."""
-        names = ("decoder.lm_head.weight",) if self.config.decoder.tie_embeddings else ()
+        names = super().tied_names
         return (*names, "encoder.token_embedding.weight") if self.config.share_embeddings else names
-
-    def encode(self, source_ids: Tensor, source_lengths: Tensor | None = None) -> Tensor:
-        """Return the memory (B, S, E) of source_ids (B, S), of which the first `source_lengths` (B,) are real."""
-        return self.encoder(source_ids, source_lengths)
-
-    def begin(self, memory: Tensor, source_lengths: Tensor | None = None, capacity: int | None = None) -> State:
-        """Return the state of empty targets of at most `capacity` tokens, one for each row of a memory (B, S, E)."""
-        return self.decoder.initial_state(len(memory), capacity, memory=memory, source_lengths=source_lengths)
-
-    def decode(self, token_ids: Tensor, state: State, lengths: Tensor | None = None) -> tuple[Tensor, State]:
-        """Return logits (B, T, V) after each of the new target tokens (B, T), and the next state."""
-        return self.decoder(token_ids, state, lengths)
-
-    def forward(self, source_ids: Tensor, token_ids: Tensor, source_lengths: Tensor | None = None) -> Tensor:
-        """Return logits (B, T, V) of the whole target token_ids (B, T), each position seeing what precedes it."""
-        memory_valid = self._valid(source_ids, source_lengths)
-        return self.decoder(token_ids, memory=self.encode(source_ids, source_lengths), memory_valid=memory_valid)
-
-    def attention_weights(
-        self, source_ids: Tensor, token_ids: Tensor, source_lengths: Tensor | None = None
-    ) -> SequenceWeights:
-        """Return the weights of all three kinds of attention; arguments are those of `forward`."""
-        decoder, cross = self.decoder.attention_weights(
-            token_ids,
-            memory=self.encode(source_ids, source_lengths),
-            memory_valid=self._valid(source_ids, source_lengths),
-        )
-        return SequenceWeights(self.encoder.attention_weights(source_ids, source_lengths), decoder, cross)
-
-    @staticmethod
-    def _valid(source_ids: Tensor, source_lengths: Tensor | None) -> Tensor | None:
-        if source_lengths is None:
-            return None
-        return torch.arange(source_ids.shape[1], device=source_ids.device) < source_lengths[:, None]
 
     def tie(self) -> None:
         """Make tied tensors one, after any was replaced."""
-        self.decoder.tie()
+        super().tie()
         if self.config.share_embeddings:
             self.encoder.token_embedding.weight = self.decoder.token_embedding.weight

@@ -1,14 +1,18 @@
 """The architectures that a checkpoint can hold, by the name it gives them."""
 
+from models.captioner import Captioner
 from models.decoder import Decoder
 from models.encoder import Encoder
 from models.encoder_decoder import EncoderDecoder
 from models.model import Model
+from models.vision import VisionTransformer
 
 FAMILIES: dict[str, type[Model]] = {
     "decoder": Decoder,
     "encoder": Encoder,
     "encoder-decoder": EncoderDecoder,
+    "vision-transformer": VisionTransformer,
+    "captioner": Captioner,
 }
 
 
