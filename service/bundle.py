@@ -5,10 +5,13 @@ that one damaged bundle does not keep the others from being served. Hashes detec
 prove who made a bundle.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from attendant.bundle import MANIFEST_NAME, BundleError, Manifest, file_sha256, read_manifest
+
+_MAX_VERSION = 2**31 - 1  # what the API's int32 holds
 
 
 class BundleRefused(Exception):
@@ -36,7 +39,8 @@ class RefusedBundle:
 def scan(repository: Path) -> list[FoundBundle | RefusedBundle]:
     """List every version directory of a repository, by name, then version.
 
-    A directory without a manifest is an export that has not finished and is passed over.
+    A directory without a manifest is an export that has not finished and is passed over, as is one whose name is no
+    version: a decimal number from 1 to 2147483647 without leading zeros.
 
     Raises:
         NotADirectoryError: there is no such directory.
@@ -45,9 +49,13 @@ def scan(repository: Path) -> list[FoundBundle | RefusedBundle]:
         raise NotADirectoryError(f"repository {repository} is not a directory")
     found: list[FoundBundle | RefusedBundle] = []
     for model in sorted(path for path in repository.iterdir() if path.is_dir()):
-        versions = [path for path in model.iterdir() if path.name.isdecimal() and (path / MANIFEST_NAME).is_file()]
+        versions = [path for path in model.iterdir() if _is_version(path.name) and (path / MANIFEST_NAME).is_file()]
         found += [_open(directory) for directory in sorted(versions, key=lambda path: int(path.name))]
     return found
+
+
+def _is_version(name: str) -> bool:
+    return re.fullmatch("[1-9][0-9]{0,9}", name) is not None and int(name) <= _MAX_VERSION
 
 
 def _open(directory: Path) -> FoundBundle | RefusedBundle:

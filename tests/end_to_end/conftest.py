@@ -92,6 +92,12 @@ class Server:
             if found.name == sample and labels.items() <= found.labels.items()
         )
 
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that the process holds in RAM."""
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
     def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
         self.process.send_signal(number)
 

@@ -48,3 +48,24 @@ def test_a_text_of_256_kib_does_not_hold_up_running_streams(smollm2, refusal_of)
     refusal = refusal_of(lambda: list(smollm2.generate(MODEL, prompt="word " * 50_000)))
     assert refusal.reason == "CONTEXT_LENGTH_EXCEEDED"
     assert list(call)[-1].finished.usage.output_tokens == 100
+
+
+@pytest.mark.slow  # the server gives memory back after half a minute without work
+def test_memory_returns_to_its_level_after_load(smollm2, eventually) -> None:
+    """Keys and values of a token are 45 KiB here: 8 sequences of 500 tokens hold 175 MiB while they run."""
+    mebibyte = 2**20
+
+    def load() -> int:
+        calls = [smollm2.long_answer(50, MODEL, token_ids=pb.TokenIds(ids=[905 + row] * 450)) for row in range(8)]
+        for call in calls[:6]:
+            assert list(call)[-1].finished.usage.output_tokens == 50
+        for call in calls[6:]:
+            call.cancel()
+        return smollm2.resident_bytes
+
+    level = smollm2.resident_bytes
+    for _ in range(2):
+        assert load() > level + 150 * mebibyte
+        eventually(
+            lambda: smollm2.value("attendant_requests_running") == 0 and smollm2.resident_bytes < level + 80 * mebibyte
+        )
