@@ -21,7 +21,9 @@ from models.attention.positions import Rotary
 from models.states import Chunk, StateRule, StateSpec
 
 Features = Literal["favor", "elu"]
-CHUNK = 64  # tokens whose attention to each other is computed densely
+CHUNK = 128  # tokens whose attention to each other is computed densely
+BOUND = 40.0
+"""Features lie in [exp(-BOUND), exp(BOUND)]: products and long sums of them neither vanish nor overflow in float32."""
 
 
 def orthogonal_projection(num_features: int, head_dim: int) -> Tensor:
@@ -34,27 +36,34 @@ def orthogonal_projection(num_features: int, head_dim: int) -> Tensor:
 
 
 def favor_features(x: Tensor, projection: Tensor, *, is_query: bool) -> Tensor:
-    """Return the positive features of FAVOR+ of x (..., T, D): float32 (..., T, F).
+    """Return the positive features of FAVOR+ of x (..., T, D): (..., T, F), float32 unless x is float64.
 
-    Queries are scaled by their largest feature, which cancels in the quotient. Keys are not: a scale that looks at
-    other keys looks at later ones too, and w.x - |x|^2 / 2 <= |w|^2 / 2 cannot overflow.
+    The product of two keys' features estimates exp(x . y / sqrt(D)), with a relative variance near
+    exp(|x + y|^2 / sqrt(D)) / F: good for short vectors only. A query is scaled by its largest feature, which cancels
+    in the quotient. Keys are not: a scale that looks at other keys looks at later ones too.
     """
-    x = x.float() * x.shape[-1] ** -0.25
-    exponents = x @ projection.mT - x.square().sum(-1, keepdim=True) / 2
-    if is_query:
-        exponents = exponents - exponents.detach().amax(-1, keepdim=True)
-    return exponents.exp() / math.sqrt(projection.shape[0])
+    x = _wide(x)
+    width = x.shape[-1]
+    exponents = x @ (projection.to(x.dtype) * width**-0.25).mT
+    if is_query:  # |x|^2 is the same for all of a query's features, so it goes with the largest of them
+        exponents -= exponents.detach().amax(-1, keepdim=True)
+    else:
+        exponents -= (x.square().sum(-1, keepdim=True) / math.sqrt(width) + math.log(len(projection))) / 2
+    return exponents.clamp_(-BOUND, BOUND).exp_()  # in place: there are F / D times as many of these as of x
 
 
 def elu_features(x: Tensor) -> Tensor:
-    """Return ELU(x) + 1, float32, of any shape."""
-    return F.elu(x.float()) + 1.0
+    """Return ELU(x) + 1 of x of any shape, float32 unless x is float64; written as exp(x) below 0, where it is tiny."""
+    x = _wide(x)
+    return torch.where(x > 0, x + 1.0, x.clamp(-BOUND, 0.0).exp())
 
 
 def linear_attend(
     query: Tensor, key: Tensor, value: Tensor, sums: Tensor | None = None, *, causal: bool, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
     """Attend by features; return the output (B, H, T, V) and the sums after all T tokens.
+
+    Where no key can be seen the output is zero.
 
     Args:
         query: features (B, H, T, F), none negative.
@@ -65,26 +74,32 @@ def linear_attend(
         chunk: tokens whose attention to each other is computed densely.
     """
     rows, num_heads, num_tokens, num_features = query.shape
+    num_kv_heads = key.shape[1]
     value = F.pad(value.to(query.dtype), (0, 1), value=1.0)
-    query = query.reshape(rows, key.shape[1], -1, num_tokens, num_features)  # (B, K, G, T, F)
     if sums is None:
-        sums = query.new_zeros(rows, key.shape[1], num_features, value.shape[-1])
-    total = sums + key.mT @ value
+        sums = query.new_zeros(rows, num_kv_heads, num_features, value.shape[-1])
     if not causal or num_tokens == 1:
-        output = query @ total[:, :, None]
+        sums = sums + key.mT @ value
+        output = query.reshape(rows, num_kv_heads, -1, num_features) @ sums  # the G heads of a key/value head as one
     else:
-        padding = -num_tokens % chunk
-        cut = (-1, chunk)
-        queries = F.pad(query, (0, 0, 0, padding)).unflatten(-2, cut)  # (B, K, G, N, L, F)
-        keys = F.pad(key, (0, 0, 0, padding)).unflatten(-2, cut)[:, :, None]  # (B, K, 1, N, L, F)
-        values = F.pad(value, (0, 0, 0, padding)).unflatten(-2, cut)[:, :, None]
-        within = keys.mT @ values  # (B, K, 1, N, F, V + 1)
-        before = within.cumsum(3) - within + sums[:, :, None, None]
-        output = (queries @ keys.mT).tril() @ values + queries @ before
-        output = output.flatten(-3, -2)[..., :num_tokens, :]
+        padding, cut = (0, 0, 0, -num_tokens % chunk), (-1, chunk)
+        queries = F.pad(query, padding).unflatten(2, cut).unflatten(1, (num_kv_heads, -1))  # (B, K, G, N, L, F)
+        queries = queries.transpose(2, 3).flatten(3, 4)  # (B, K, N, G * L, F)
+        keys, values = F.pad(key, padding).unflatten(2, cut), F.pad(value, padding).unflatten(2, cut)
+        # Summed from the left, not as all but what follows: by no rounding may a later token reach an earlier one.
+        prefixes = torch.cat((sums[:, :, None], keys.mT @ values), 2).cumsum(2)  # (B, K, 1 + N, F, V + 1)
+        scores = (queries @ keys.mT).unflatten(3, cut).tril().flatten(3, 4)
+        output = scores @ values + queries @ prefixes[:, :, :-1]
+        output = output.unflatten(3, cut).transpose(2, 3).flatten(3, 4)[..., :num_tokens, :]
+        sums = prefixes[:, :, -1]
     output = output.reshape(rows, num_heads, num_tokens, -1)
     weight = output[..., -1:]
-    return output[..., :-1] / weight.masked_fill(weight == 0.0, 1.0), total
+    return output[..., :-1] / weight.masked_fill(weight == 0.0, 1.0), sums
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return x in the type that features are computed in: half precision loses most of them."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class LinearAttention(Heads):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from models.training.config import ConfigError, from_table
 
-RECIPES = ("g2p", "lm")
+RECIPES = ("g2p", "lm", "lm-mean", "lm-performer", "lm-small", "lm-window", "mlm", "needle")
+"""A name with a hyphen is a variant: the recipe before the hyphen, with another configuration."""
 CONFIG = "recipe.json"
 
 
@@ -20,7 +21,7 @@ def train(
     Args:
         name: one of `RECIPES`.
         directory: where everything of the run is written; new, unless it is resumed.
-        config_file: TOML; the recipe's own file when None.
+        config_file: TOML; the file of that name, hyphens as underscores, when None.
         seed: in place of the configuration's.
         resume: continue the run that `directory` holds; it gives the same result as one without interruption.
 
@@ -29,8 +30,8 @@ def train(
         FileExistsError: the directory holds a run, and `resume` is false.
         FileNotFoundError: the configuration file or its text is missing, or there is no run to resume.
     """
-    recipe = importlib.import_module(f"models.recipes.{name}")
-    path = Path(__file__).with_name(f"{name}.toml") if config_file is None else config_file
+    recipe = importlib.import_module(f"models.recipes.{name.partition('-')[0]}")
+    path = Path(__file__).with_name(f"{name.replace('-', '_')}.toml") if config_file is None else config_file
     try:
         config = from_table(recipe.CONFIG, tomllib.loads(path.read_text(encoding="utf-8")))
     except (tomllib.TOMLDecodeError, ConfigError) as error:
