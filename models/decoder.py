@@ -231,6 +231,18 @@ class Decoder(Model):
                 cross_weights.append(output.cross_weights)
         return weights, cross_weights
 
+    def cross_attention_weights(
+        self, token_ids: Tensor, memory: Tensor, memory_valid: Tensor | None = None
+    ) -> list[Tensor]:
+        """Return each layer's cross-attention weights (B, H, T, S), whether self-attention has weights or not."""
+        chunk, weights = self._chunk(token_ids, None, None), []
+        x = self._embed(token_ids, chunk)
+        for layer in self.layers:
+            output = layer(x, chunk, None, layer.project(memory), memory_valid, need_cross_weights=True)
+            x = output.x
+            weights.append(output.cross_weights)
+        return weights
+
     def _chunk(self, token_ids: Tensor, state: State | None, lengths: Tensor | None) -> Chunk:
         """Place the new tokens after what their rows consumed, within the limits."""
         if state is None:

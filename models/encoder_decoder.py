@@ -82,6 +82,13 @@ class SourceToSequence(Model):
         )
         return SequenceWeights(self.encoder.attention_weights(source, source_lengths), decoder, cross)
 
+    def cross_attention_weights(
+        self, source: Tensor, token_ids: Tensor, source_lengths: Tensor | None = None
+    ) -> list[Tensor]:
+        """Return each layer's weights (B, H, T, S) of the source, whatever the kinds of self-attention are."""
+        memory = self.encode(source, source_lengths)
+        return self.decoder.cross_attention_weights(token_ids, memory, self._valid(memory, source_lengths))
+
     @property
     def tied_names(self) -> tuple[str, ...]:
         """The decoder's, as they are called here."""

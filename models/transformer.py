@@ -112,6 +112,7 @@ class TransformerLayer(nn.Module):
         memory_valid: Tensor | None = None,
         *,
         need_weights: bool = False,
+        need_cross_weights: bool = False,
     ) -> LayerOutput:
         """Map x (B, T, E) to the next layer's input.
 
@@ -122,6 +123,7 @@ class TransformerLayer(nn.Module):
             projected: what `project` returned; needed by a layer with cross-attention.
             memory_valid: (B or 1, S) booleans, False for padding of the memory.
             need_weights: also return the attention weights.
+            need_cross_weights: also return those of the cross-attention alone.
         """
         attended = self.attention(self._before(x, self.attention_norm), chunk, past, need_weights=need_weights)
         x = self._after(x, attended.output, self.attention_norm)
@@ -129,7 +131,9 @@ class TransformerLayer(nn.Module):
         if self.cross_attention is not None:
             made = {spec.name: projected[CROSS + spec.name] for spec in self.cross_attention.state_specs()}
             query = self._before(x, self.cross_attention_norm)
-            crossed = self.cross_attention(query, made, memory_valid, need_weights=need_weights)
+            crossed = self.cross_attention(
+                query, made, memory_valid, need_weights=need_weights or need_cross_weights
+            )  # fmt: skip
             x = self._after(x, crossed.output, self.cross_attention_norm)
             cross_weights = crossed.weights
         x = self._after(x, self.feed_forward(self._before(x, self.feed_forward_norm)), self.feed_forward_norm)

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.attention.functional import allow, attend, entropy, masked_softmax
+from models.attention.functional import allow, attend, entropy
+from models.attention.normalizers import entmax15, masked_softmax, sparsemax
 
 BOTH_PATHS = pytest.mark.parametrize("need_weights", [False, True], ids=["fused", "weights"])
 
@@ -243,6 +244,63 @@ def test_gradients_pass_gradcheck_even_through_a_masked_row(need_weights):
     )
 
 
+@BOTH_PATHS
+def test_a_softcap_squashes_scaled_scores_before_bias_and_mask(need_weights):
+    query, key, value = inputs(heads=2, value_dim=3)
+    query = query * 10
+    mask, bias = torch.rand(2, 1, 5, 7) > 0.3, torch.randn(2, 5, 7, dtype=torch.float64)
+    scores = 4.0 * torch.tanh(query @ key.mT / math.sqrt(8) / 4.0) + bias
+    expected = scores.masked_fill(~mask, -math.inf).softmax(-1) @ value
+    output, weights = attend(query, key, value, mask, bias=bias, softcap=4.0, need_weights=need_weights)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
+    if need_weights:
+        assert (weights.masked_select(~mask) == 0).all()  # a mask that is squashed too would leak
+    loose, _ = attend(query, key, value, mask, softcap=1e6, need_weights=need_weights)
+    torch.testing.assert_close(loose, attend(query, key, value, mask)[0], rtol=0, atol=1e-8)
+
+
+@BOTH_PATHS
+@pytest.mark.parametrize("normalizer", [sparsemax, entmax15])
+def test_any_normalizer_turns_scores_into_the_weights_that_are_used(normalizer, need_weights):
+    query, key, value = inputs(heads=2)
+    mask = torch.rand(2, 1, 5, 7) > 0.3
+    mask[0, :, 1] = False
+    expected = normalizer(query @ key.mT / math.sqrt(8), mask.expand(2, 2, 5, 7))
+    output, weights = attend(query, key, value, mask, normalizer=normalizer, need_weights=need_weights)
+    torch.testing.assert_close(output, expected @ value, rtol=0, atol=1e-10)
+    assert (output[0, :, 1] == 0).all()
+    if need_weights:
+        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-10)
+        assert ((weights == 0) & mask).any()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"need_weights": True}, {"softcap": 30.0}, {"bias": torch.zeros(1, 1, 3, 3)}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_finite_forward_and_backward_whatever_the_path(dtype, options):
+    query = torch.full((1, 1, 3, 64), 40.0, dtype=dtype, requires_grad=True)
+    value = torch.randn(1, 1, 3, 8, dtype=dtype)
+    for mask in (None, torch.tensor([[True, False, False], [True, True, False], [False, False, False]])):
+        output, _ = attend(query, query, value, mask, **options)
+        assert output.dtype == dtype
+        assert output.isfinite().all()
+        output.float().sum().backward()
+        assert query.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{"softcap": 2.0}, {"bias": True}, {"softcap": 2.0, "bias": True}], ids=str)
+def test_gradients_pass_gradcheck_with_softcap_and_bias(options):
+    query, key, value = (tensor.requires_grad_() for tensor in inputs(rows=1, queries=3, keys=4, head_dim=4))
+    mask = torch.tensor([[True, False, True, True], [False] * 4, [True] * 4])
+    tensors, softcap = (query, key, value), options.get("softcap")
+    if "bias" in options:
+        tensors += (torch.randn(4, 3, 4, dtype=torch.float64, requires_grad=True),)
+    assert torch.autograd.gradcheck(
+        lambda query, key, value, bias=None: attend(query, key, value, mask, bias=bias, softcap=softcap)[0], tensors
+    )
+
+
 def test_misuse_is_refused_with_advice():
     query, key, value = inputs()
     with pytest.raises(TypeError, match="booleans, True = attend, and pass additive masks as bias"):
@@ -251,6 +309,9 @@ def test_misuse_is_refused_with_advice():
         attend(query, *inputs(kv_heads=3)[1:])
     with pytest.raises(ValueError, match="query head width 8 differs from key head width 9"):
         attend(query, inputs(head_dim=9)[1], value)
+    for softcap in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match=r"it must be above 0"):
+            attend(query, key, value, softcap=softcap)
     with pytest.raises(ValueError, match="differ in rows, heads or length"):
         attend(query, key, value[:, :, 1:])
 

@@ -7,7 +7,14 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from models.attention.positions import LearnedPositions, Rotary, SinusoidalPositions, sinusoid
+from models.attention.positions import (
+    LearnedPositions,
+    Rotary,
+    SinusoidalPositions,
+    alibi_bias,
+    alibi_slopes,
+    sinusoid,
+)
 
 BOTH_LAYOUTS = pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
 
@@ -110,3 +117,30 @@ def test_learned_positions_end_where_their_table_does():
     assert torch.equal(positions(torch.tensor([[4, 0]]))[0], positions.weight[[4, 0]])
     with pytest.raises(IndexError):
         positions(torch.tensor([[5]]))
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "slopes"),
+    [
+        (1, [1 / 256]),
+        (8, [2.0**-exponent for exponent in range(1, 9)]),
+        (6, [0.25, 0.0625, 0.015625, 0.00390625, 0.5, 0.125]),
+        (12, [2.0**-exponent for exponent in range(1, 9)] + [2.0**-0.5, 2.0**-1.5, 2.0**-2.5, 2.0**-3.5]),
+    ],
+)
+def test_alibi_has_a_slope_for_each_head_of_any_number(num_heads, slopes):
+    torch.testing.assert_close(alibi_slopes(num_heads), torch.tensor(slopes))
+
+
+def test_alibi_costs_what_the_distance_of_absolute_positions_says():
+    slopes = alibi_slopes(6)
+    queries, keys = torch.tensor([[5, 6, 7], [0, 1, 2]]), torch.arange(10)[None]
+    bias = alibi_bias(slopes, queries, keys)
+    assert bias.shape == (2, 6, 3, 10)
+    for row, head, query, key in ((0, 2, 0, 5), (0, 2, 1, 0), (1, 5, 2, 9), (1, 0, 0, 0)):
+        distance = abs(int(queries[row, query]) - key)
+        assert bias[row, head, query, key].item() == pytest.approx(-slopes[head].item() * distance)
+    torch.testing.assert_close(alibi_bias(slopes, queries + 1000, keys + 1000), bias)
+    square = alibi_bias(slopes, keys, keys)
+    assert (square.diagonal(dim1=-2, dim2=-1) == 0).all()
+    assert torch.equal(square, square.mT)
