@@ -2,10 +2,11 @@
 
 import argparse
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
-from models import checkpoint
+from attendant.heatmap import entropy_table, render_html, render_terminal, takes_colours
+from models import checkpoint, show
 from models.readers import gguf, huggingface
 from models.recipes import run
 
@@ -45,9 +46,14 @@ def _parser() -> argparse.ArgumentParser:
     importer.add_argument("--licence", help="where the source names none: its SPDX identifier")
     importer.set_defaults(command=_import)
 
-    show = commands.add_parser("show", help="print a checkpoint's configuration, size and states")
-    show.add_argument("directory", type=Path, metavar="DIR")
-    show.set_defaults(command=_show)
+    shower = commands.add_parser("show", help="print a checkpoint's configuration, or where it looks in an example")
+    shower.add_argument("directory", type=Path, metavar="DIR")
+    shower.add_argument("--text", help="what the model reads; prints the entropy of every head")
+    shower.add_argument("--target", metavar="TEXT", help="what it writes about that; default: its own answer")
+    shower.add_argument("--terminal", action="store_true", help="print heat maps as well")
+    shower.add_argument("--png", type=Path, metavar="DIR", help="write one heat map for each layer into DIR")
+    shower.add_argument("--html", type=Path, metavar="FILE", help="write all heat maps as one page")
+    shower.set_defaults(command=_show)
     return parser
 
 
@@ -72,17 +78,24 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    model = checkpoint.load(arguments.directory)
-    for name in ("source", "licence", "recipe", "data"):
-        if (value := getattr(model, name)) is not None:
-            print(f"{name:<16}{value}")
-    for name, value in asdict(model.module.config).items():
-        print(f"{name:<16}{value}")
-    print(f"{'parameters':<16}{sum(parameter.numel() for parameter in model.module.parameters()):,}")
-    specs = model.module.state_specs()
-    for spec in specs:
-        print(f"state {spec.name:<10}{spec.rule:<8} {spec.dtype} {list(spec.shape)}")
-    print(f"{'states':<16}{sum(spec.bytes_per_token for spec in specs):,} bytes for each token")
+    if arguments.text is None:
+        for name in ("target", "terminal", "png", "html"):
+            if getattr(arguments, name):
+                raise ValueError(f"--{name} shows attention to an example; give one with --text")
+        print("\n".join(show.description(checkpoint.load(arguments.directory))))
+        return
+    sheet = show.attention(
+        checkpoint.load(arguments.directory), show.Example(text=arguments.text, target=arguments.target)
+    )  # fmt: skip
+    print(entropy_table(sheet))
+    if arguments.terminal:
+        print(f"\n{render_terminal(sheet, colours=takes_colours(sys.stdout))}")
+    if arguments.png is not None:
+        for path in show.write_pngs(sheet, arguments.png):
+            print(path)
+    if arguments.html is not None:
+        arguments.html.write_text(render_html(sheet), encoding="utf-8")
+        print(arguments.html)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from models.states import StateSpec
+
 STD = 0.02
 
 
@@ -22,6 +24,10 @@ class Model(nn.Module):
     def __init__(self, config: Any):
         super().__init__()
         self.config = config
+
+    def state_specs(self) -> tuple[StateSpec, ...]:
+        """Declare what must be remembered between steps; nothing, unless the model goes step by step."""
+        return ()
 
     @property
     def tied_names(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ beside the largest that they could be.
 from attendant.heatmap.maps import AttentionMap, Layer, Sheet, entropy_nats
 from attendant.heatmap.page import render_html
 from attendant.heatmap.raster import render_png
-from attendant.heatmap.terminal import entropy_table, render_terminal
+from attendant.heatmap.terminal import entropy_table, render_terminal, takes_colours
 
 __all__ = [
     "AttentionMap",
@@ -23,4 +23,5 @@ __all__ = [
     "render_html",
     "render_png",
     "render_terminal",
+    "takes_colours",
 ]

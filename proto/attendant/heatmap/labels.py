@@ -1,8 +1,9 @@
 """Tokens as labels: every character visible, none that could act on a terminal or turn a line of text around."""
 
 import unicodedata
+from collections.abc import Iterable
 
-SPACE = "\N{MIDDLE DOT}"
+SPACE, ASCII_SPACE = "\N{OPEN BOX}", "_"
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 _NAMED = {" ": " ", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
 _WIDE = ("W", "F")
@@ -34,6 +35,11 @@ def spelt(character: str) -> str:
 def width(text: str) -> int:
     """Return how many columns of a terminal a label takes."""
     return sum(map(_columns, text))
+
+
+def fit_across(labels: Iterable[str]) -> bool:
+    """Say whether labels of columns are so short, as letters are, that they need not be turned upwards."""
+    return all(width(text) <= 2 for text in labels)
 
 
 def shortened(text: str, limit: int, ellipsis: str = ELLIPSIS) -> str:

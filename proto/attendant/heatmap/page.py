@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from html import escape
 
 from attendant.heatmap.colours import LEVELS, ink, level, scale
-from attendant.heatmap.labels import label, safe
+from attendant.heatmap.labels import fit_across, label, safe
 from attendant.heatmap.maps import AttentionMap, Layer, Sheet
 from attendant.heatmap.words import NOTES, caption, notes, short
 
@@ -18,8 +18,8 @@ DENSE_COLUMNS = 64  # maps with more columns have small cells
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --text: #18181b; --faint: #63636e; --line: #d4d4d8; --hatch: #b4b4bd;
   --blank: #f4f4f5; --link: #1d4ed8 }
-@media (prefers-color-scheme: dark) { :root { --paper: #131316; --text: #ececef; --faint: #a3a3ad; --line: #3f3f46;
-  --hatch: #5b5b66; --blank: #26262b; --link: #93c5fd } }
+@media (prefers-color-scheme: dark) { :root { --paper: #232329; --text: #ececef; --faint: #b0b0ba; --line: #4b4b55;
+  --hatch: #6b6b78; --blank: #303038; --link: #93c5fd } }
 body { margin: 0 auto; padding: 1.5rem; max-width: 110rem; background: var(--paper); color: var(--text);
   font: 15px/1.45 system-ui, sans-serif }
 h1 { font-size: 1.5rem; margin: 0 0 .5rem; overflow-wrap: anywhere }
@@ -39,7 +39,7 @@ caption { text-align: left; font-weight: 600; padding-bottom: .4rem; white-space
 th { font-weight: 400; white-space: pre }
 th, .n { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 12px; line-height: 1.1 }
 thead th { vertical-align: bottom; padding: .2rem 0 }
-.map thead span { writing-mode: vertical-rl; transform: rotate(180deg); display: inline-block }
+.upward thead span { writing-mode: vertical-rl; transform: rotate(180deg); display: inline-block }
 tbody th { text-align: right; padding: 0 .4rem; position: sticky; left: 0; background: var(--paper) }
 .map td { width: 28px; min-width: 28px; height: 28px; padding: 0; text-align: center; font-size: 10px }
 .small td { width: 18px; min-width: 18px; height: 18px }
@@ -49,8 +49,9 @@ tbody th { text-align: right; padding: 0 .4rem; position: sticky; left: 0; backg
 .map .n { width: auto; min-width: 11.5rem; padding-left: .6rem; text-align: left; color: var(--faint); font-size: 12px;
   white-space: nowrap }
 tbody tr:hover th, tbody tr:hover .n { color: var(--text); font-weight: 700 }
-.overview a { display: block; padding: .25rem .6rem; color: inherit; text-align: center;
+.overview td a { display: block; padding: .25rem .6rem; color: inherit; text-align: center;
   font-variant-numeric: tabular-nums }
+.overview th a { color: inherit }
 .overview thead th { padding: .2rem .5rem }
 @media print { .head { break-inside: avoid } }
 """
@@ -120,8 +121,11 @@ def _overview(sheet: Sheet) -> Iterator[str]:
 def _map(head: AttentionMap, anchor: str) -> Iterator[str]:
     columns = len(head.columns)
     size = "map" if columns <= NUMBERED_COLUMNS else "map small" if columns <= DENSE_COLUMNS else "map dense"
-    yield f'<div class="head scroll" id="{anchor}"><table class="{size}"><caption>{_text(caption(head))}</caption>'
-    names = "".join(f'<th scope="col"><span>{_label(token)}</span></th>' for token in head.columns)
+    labels = [label(token) for token in head.columns]
+    direction = "" if fit_across(labels) else " upward"
+    yield f'<div class="head scroll" id="{anchor}"><table class="{size}{direction}">'
+    yield f"<caption>{_text(caption(head))}</caption>"
+    names = "".join(f'<th scope="col"><span>{escape(one)}</span></th>' for one in labels)
     yield f'<thead><tr><td></td>{names}<th scope="col" class="n">  entropy / max</th></tr></thead><tbody>'
     for row, (token, note) in enumerate(zip(head.rows, notes(head), strict=True)):
         cells = "".join(
@@ -130,7 +134,7 @@ def _map(head: AttentionMap, anchor: str) -> Iterator[str]:
             else '<td class="x" title="masked"></td>'
             for column, weight in enumerate(head.weights[row])
         )
-        yield f'<tr><th scope="row">{_label(token)}</th>{cells}<td class="n">{note}</td></tr>'
+        yield f'<tr><th scope="row">{escape(label(token))}</th>{cells}<td class="n">{note}</td></tr>'
     yield "</tbody></table></div>"
 
 
@@ -151,10 +155,6 @@ def _colours() -> str:
 
 def _share(head: AttentionMap) -> float:
     return head.mean_entropy / head.mean_maximum if head.mean_maximum else 0.0
-
-
-def _label(token: str) -> str:
-    return escape(label(token))
 
 
 def _text(text: str) -> str:

@@ -3,9 +3,12 @@
 A cell is two columns wide, which makes it nearly square and lets a wide character stand above it.
 """
 
+import os
+from typing import TextIO
+
 from attendant._terminal import table
 from attendant.heatmap.colours import colour
-from attendant.heatmap.labels import ELLIPSIS, SPACE, clusters, label, safe, shortened, width
+from attendant.heatmap.labels import ASCII_SPACE, ELLIPSIS, SPACE, clusters, label, safe, shortened, width
 from attendant.heatmap.maps import AttentionMap, Sheet
 from attendant.heatmap.words import NOTES, caption, notes
 
@@ -16,13 +19,18 @@ RESET, FAINT = "\x1b[0m", "\x1b[38;2;128;128;128m"
 STEPS = 11  # of the scale that explains the colours
 
 
+def takes_colours(stream: TextIO) -> bool:
+    """Say whether a stream is a terminal for 24-bit colour and Unicode, and the user has not set NO_COLOR."""
+    capable = stream.isatty() and os.environ.get("TERM") != "dumb" and "utf" in (stream.encoding or "").lower()
+    return capable and not os.environ.get("NO_COLOR")
+
+
 def render_terminal(sheet: Sheet, *, colours: bool) -> str:
     """Return the maps of all layers and heads as lines of text.
 
     Args:
         sheet: what to show.
-        colours: use 24-bit colour and Unicode; otherwise ASCII alone. Ask for them only where the output is a terminal
-            and the user has not set NO_COLOR.
+        colours: use 24-bit colour and Unicode, where `takes_colours`; otherwise ASCII alone.
     """
     parts = [_plain(sheet.title, colours)]
     for layer in sheet.layers:
@@ -76,7 +84,7 @@ def _column_labels(head: AttentionMap, colours: bool) -> list[str]:
 
 
 def _cut(token: str, limit: int, colours: bool) -> str:
-    text = _encodable(label(token, space=SPACE if colours else "_"), colours)
+    text = _encodable(label(token, space=SPACE if colours else ASCII_SPACE), colours)
     return shortened(text, limit, ELLIPSIS if colours else "..")
 
 
