@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from models.attention.linear import LinearAttention
+from models.attention.longformer import LongformerAttention
 from models.attention.mean import MeanAttention
 from models.attention.multihead import MultiHeadAttention
 from models.attention.positions import LearnedPositions, Rotary, SinusoidalPositions
 from models.checks import check_choices, check_integers, check_positive
-from models.decoder_config import Activation, Attention, Norm
+from models.decoder_config import Activation, Norm
 from models.layers import ACTIVATIONS, NORMS, FeedForward
 from models.model import Model, initialise
 from models.states import Chunk
@@ -24,6 +25,7 @@ from models.transformer import TransformerLayer
 
 RelativePositions = Literal["none", "rotary", "alibi"]
 AbsolutePositions = Literal["none", "learned", "sinusoidal"]
+Attention = Literal["softmax", "longformer", "favor", "elu", "mean"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +33,7 @@ class StackConfig:
     """Sizes and choices of a stack of bidirectional layers.
 
     `positions` are those that act inside attention; `bias` is that of every linear layer. With a `window` a token sees
-    fewer than so many tokens to either side.
+    fewer than so many tokens to either side; with attention "longformer", half as many as the window, which is even.
 
     Raises:
         ValueError: a field is out of range; the message names the field, its value and the limit.
@@ -64,8 +66,12 @@ class StackConfig:
         )
         if self.d_model % self.num_heads:
             raise ValueError(f"d_model is {self.d_model}; it must be a multiple of num_heads, {self.num_heads}")
-        if self.attention != "softmax" and (self.window is not None or self.positions == "alibi"):
-            raise ValueError(f"attention is {self.attention!r}; window and alibi need 'softmax', which has scores")
+        if self.attention == "longformer" and (self.window is None or self.window % 2):
+            raise ValueError(f"window is {self.window}; attention 'longformer' needs an even one, half to either side")
+        if self.attention not in ("softmax", "longformer") and self.window is not None:
+            raise ValueError(f"attention is {self.attention!r}; a window needs 'softmax' or 'longformer'")
+        if self.attention != "softmax" and self.positions == "alibi":
+            raise ValueError(f"attention is {self.attention!r}; alibi needs 'softmax'")
 
 
 class EncoderStack(nn.Module):
@@ -108,6 +114,10 @@ class EncoderStack(nn.Module):
                 window=config.window,
                 dropout=dropout,
                 **options,
+            )
+        elif config.attention == "longformer":
+            attention = LongformerAttention(
+                config.d_model, config.num_heads, window=config.window, dropout=dropout, **options
             )
         else:
             attention = LinearAttention(

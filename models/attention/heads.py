@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from models.layers import RMSNorm
+from models.states import Chunk
 
 QK_NORM_EPS = 1e-6
 
@@ -87,3 +88,12 @@ class Heads(nn.Module):
 
     def _split(self, x: Tensor, num_heads: int) -> Tensor:
         return x.unflatten(-1, (num_heads, self.head_dim)).transpose(1, 2)  # (B, T, H * D) -> (B, H, T, D)
+
+
+def refuse_global(chunk: Chunk) -> None:
+    """Raise a ValueError if `chunk` marks global tokens, for attention that would not heed them."""
+    if chunk.is_global is not None:
+        raise ValueError(
+            "is_global marks tokens that see all others, later ones included; they need attention 'longformer', in a "
+            "model that is not causal"
+        )

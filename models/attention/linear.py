@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention.heads import Attended, Heads
+from models.attention.heads import Attended, Heads, refuse_global
 from models.attention.positions import Rotary
 from models.states import Chunk, StateRule, StateSpec
 
@@ -92,7 +92,7 @@ def linear_attend(
         output = scores @ values + queries @ prefixes[:, :, :-1]
         output = output.unflatten(3, cut).transpose(2, 3).flatten(3, 4)[..., :num_tokens, :]
         sums = prefixes[:, :, -1]
-    output = output.reshape(rows, num_heads, num_tokens, -1)
+    output = output.reshape(rows, num_heads, num_tokens, value.shape[-1])
     weight = output[..., -1:]
     return output[..., :-1] / weight.masked_fill(weight == 0.0, 1.0), sums
 
@@ -105,7 +105,10 @@ def _wide(x: Tensor) -> Tensor:
 class LinearAttention(Heads):
     """Multi-head self-attention whose cost is linear in the length, and whose state does not grow.
 
-    There are no weights to return: no score is ever computed for a pair of tokens.
+    There are no weights to return: no score is ever computed for a pair of tokens. The random directions of FAVOR+ are
+    drawn once and stay: drawing them anew would make every live state meaningless, and a run of training irreproducible
+    from its weights. Its estimate of the softmax is good for short queries and keys only, so train with it, do not put
+    it into a model that was trained with softmax; `qk_norm` keeps them short.
 
     Args:
         d_model: width of input and output.
@@ -144,11 +147,12 @@ class LinearAttention(Heads):
         self.projection = None if projection is None else nn.Buffer(projection)
 
     def state_specs(self) -> tuple[StateSpec, ...]:
-        """Declare the running sums, if causal; always float32, since half precision loses small features."""
+        """Declare the running sums, if causal; never in half precision, which loses small features."""
         if not self.causal:
             return ()
         shape = (self.num_kv_heads, self.num_features, self.head_dim + 1)
-        return (StateSpec(name="sums", rule=StateRule.REPLACE, dtype=torch.float32, shape=shape),)
+        dtype = torch.promote_types(self.key.weight.dtype, torch.float32)
+        return (StateSpec(name="sums", rule=StateRule.REPLACE, dtype=dtype, shape=shape),)
 
     def forward(
         self, x: Tensor, chunk: Chunk, past: Mapping[str, Tensor] | None = None, *, need_weights: bool = False
@@ -156,8 +160,10 @@ class LinearAttention(Heads):
         """Attend from x (B, T, E), the tokens of `chunk`, to themselves and, with a past, to what its "sums" hold.
 
         Raises:
-            ValueError: weights are asked for, or a past is given to attention that is not causal.
+            ValueError: weights are asked for, a past is given to attention that is not causal, or tokens are marked as
+                global.
         """
+        refuse_global(chunk)
         if need_weights:
             raise ValueError("linear attention computes no weights; ask a model with attention 'softmax' for them")
         if past is not None and not self.causal:
@@ -169,9 +175,7 @@ class LinearAttention(Heads):
         key = self._features(key, is_query=False).masked_fill(~valid, 0.0)
         value = value.masked_fill(~valid, 0.0)
         sums = None if past is None else past["sums"]
-        context, sums = linear_attend(
-            self._features(query, is_query=True), key, value, sums, causal=self.causal
-        )  # fmt: skip
+        context, sums = linear_attend(self._features(query, is_query=True), key, value, sums, causal=self.causal)
         return Attended(self.merge(context.to(x.dtype)), None, {} if past is None else {"sums": sums})
 
     def _features(self, x: Tensor, *, is_query: bool) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, arange
 
 from models.attention.functional import allow, attend
-from models.attention.heads import Attended, Heads
+from models.attention.heads import Attended, Heads, refuse_global
 from models.attention.normalizers import Normalizer, masked_softmax
 from models.attention.positions import Rotary, alibi_bias, alibi_slopes
-from models.attention.window import window_attend
+from models.attention.window import BLOCK, window_attend
 from models.states import CAPACITY, SOURCE, Chunk, StateRule, StateSpec, append, ring_positions, ring_write
 
 WindowState = Literal["append", "ring"]
@@ -94,19 +94,24 @@ class MultiHeadAttention(Heads):
         a ring, its C slots and then the T new tokens.
 
         Raises:
-            ValueError: a past is given to attention that is not causal.
+            ValueError: a past is given to attention that is not causal, or tokens are marked as global.
         """
+        refuse_global(chunk)
         if past is not None and not self.causal:
             raise ValueError("a past needs causal attention: later tokens would change what earlier ones saw")
         query, key, value = self.queries(x), self.keys(x), self.values(x)
         positions = chunk.positions  # (B or 1, T)
         if self.rotary is not None:
             query, key = self.rotary(query, positions), self.rotary(key, positions)
+        dropout = self.dropout if self.training else 0.0
+        left = None if self.window is None else self.window - 1
+        right = 0 if self.causal else left
         present: dict[str, Tensor] = {}
         if past is None:
             if self._blocks(chunk, need_weights):
-                right = 0 if self.causal else self.window - 1
-                context = window_attend(query, key, value, left=self.window - 1, right=right, key_valid=chunk.valid)
+                context = window_attend(
+                    query, key, value, left=left, right=right, key_valid=chunk.valid, dropout=dropout
+                )  # fmt: skip
                 return Attended(self.merge(context), None, present)
             key_positions, key_valid = positions, chunk.valid
         elif self.ring:
@@ -122,11 +127,7 @@ class MultiHeadAttention(Heads):
             present = {"key": key, "value": value}
             key_positions = arange(key.shape[2], device=x.device)[None]  # (1, C)
             key_valid = key_positions < (chunk.start + chunk.lengths)[:, None]
-        left = None if self.window is None else self.window - 1
-        mask = allow(
-            positions, key_positions, causal=self.causal, left=left, right=None if self.causal else left,
-            key_valid=key_valid,
-        )  # fmt: skip
+        mask = allow(positions, key_positions, left=left, right=right, key_valid=key_valid)
         bias = None
         if self.alibi:
             bias = alibi_bias(alibi_slopes(self.num_heads).to(x.device), positions, key_positions).to(query.dtype)
@@ -138,17 +139,16 @@ class MultiHeadAttention(Heads):
             bias=bias,
             softcap=self.softcap,
             normalizer=self.normalizer,
-            dropout=self.dropout if self.training else 0.0,
+            dropout=dropout,
             need_weights=need_weights,
         )
         return Attended(self.merge(context), weights, present)
 
     def _blocks(self, chunk: Chunk, need_weights: bool) -> bool:
         """Say whether the blocked path applies: it has plain softmax only, and pays from a few windows on."""
-        if self.window is None or chunk.num_tokens <= 4 * self.window:
+        if self.window is None or chunk.num_tokens <= 4 * max(self.window, BLOCK):
             return False
-        plain = not self.alibi and self.softcap is None and self.normalizer is masked_softmax
-        return plain and not need_weights and not (self.training and self.dropout > 0.0)
+        return not (need_weights or self.alibi or self.softcap or self.normalizer is not masked_softmax)
 
 
 class CrossAttention(Heads):
