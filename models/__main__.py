@@ -39,6 +39,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--seed", type=int, help="in place of the configuration's")
     train.set_defaults(command=_train)
 
+    evaluator = commands.add_parser("evaluate", help="print what a recipe's checkpoint achieves on held-out data")
+    evaluator.add_argument("directory", type=Path, metavar="DIR", help="a checkpoint")
+    evaluator.set_defaults(command=_evaluate)
+
     importer = commands.add_parser("import", help="turn pretrained weights into a checkpoint")
     importer.add_argument("format", choices=sorted(READERS))
     importer.add_argument("source", type=Path, help="a GGUF file, or a Hugging Face directory")
@@ -67,6 +71,11 @@ def _train(arguments: argparse.Namespace) -> None:
         resume=arguments.resume,
     )
     print(f"checkpoint: {directory / 'checkpoint'}")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    for name, value in run.evaluate(arguments.directory).items():
+        print(f"{name:<32}{value:.4f}")
 
 
 def _import(arguments: argparse.Namespace) -> None:

@@ -5,10 +5,29 @@ import json
 import tomllib
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 
+from models import checkpoint
 from models.training.config import ConfigError, from_table
 
-RECIPES = ("g2p", "lm", "lm-mean", "lm-performer", "lm-small", "lm-window", "mlm", "needle")
+RECIPES = (
+    "dates",
+    "dates-luong",
+    "dates-mean",
+    "digits",
+    "digits-hard",
+    "digits-hard-mean",
+    "digits-mean",
+    "digits-soft",
+    "g2p",
+    "lm",
+    "lm-mean",
+    "lm-performer",
+    "lm-small",
+    "lm-window",
+    "mlm",
+    "needle",
+)
 """A name with a hyphen is a variant: the recipe before the hyphen, with another configuration."""
 CONFIG = "recipe.json"
 
@@ -30,7 +49,7 @@ def train(
         FileExistsError: the directory holds a run, and `resume` is false.
         FileNotFoundError: the configuration file or its text is missing, or there is no run to resume.
     """
-    recipe = importlib.import_module(f"models.recipes.{name.partition('-')[0]}")
+    recipe = _module(name)
     path = Path(__file__).with_name(f"{name.replace('-', '_')}.toml") if config_file is None else config_file
     try:
         config = from_table(recipe.CONFIG, tomllib.loads(path.read_text(encoding="utf-8")))
@@ -40,6 +59,24 @@ def train(
         config = replace(config, run=replace(config.run, seed=seed))
     _open(directory, {"recipe": name, **asdict(config)}, resume=resume)
     return recipe.run(config, directory)
+
+
+def evaluate(directory: Path) -> dict[str, float]:
+    """Return the figures of a checkpoint that a recipe has trained, on data that it was not trained on.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        ConfigError: no recipe has made it.
+    """
+    trained = checkpoint.load(directory)
+    if trained.recipe not in RECIPES:
+        raise ConfigError(f"{directory} comes from the recipe {trained.recipe!r}; known are {', '.join(RECIPES)}")
+    figures: dict[str, float] = _module(trained.recipe).evaluate(trained)
+    return figures
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"models.recipes.{name.partition('-')[0]}")
 
 
 def _open(directory: Path, document: dict[str, object], *, resume: bool) -> None:
