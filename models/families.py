@@ -4,14 +4,20 @@ from models.captioner import Captioner
 from models.decoder import Decoder
 from models.encoder import Encoder
 from models.encoder_decoder import EncoderDecoder
+from models.hard_vision import HardVision
+from models.masked_lm import MaskedLanguageModel
 from models.model import Model
+from models.recurrent import Recurrent
 from models.vision import VisionTransformer
 
 FAMILIES: dict[str, type[Model]] = {
     "decoder": Decoder,
     "encoder": Encoder,
     "encoder-decoder": EncoderDecoder,
+    "recurrent": Recurrent,
+    "masked-lm": MaskedLanguageModel,
     "vision-transformer": VisionTransformer,
+    "hard-attention": HardVision,
     "captioner": Captioner,
 }
 

@@ -11,6 +11,8 @@ from models import checkpoint
 from models.training.config import ConfigError, from_table
 
 RECIPES = (
+    "caption",
+    "caption-mean",
     "dates",
     "dates-luong",
     "dates-mean",
