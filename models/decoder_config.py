@@ -57,6 +57,8 @@ class DecoderConfig:
         sizes = ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff")
         check_integers(self, 1, *sizes, "max_model_len", "window", "num_features")
         check_positive(self, "rope_theta", "norm_eps", "softcap")
+        if self.attention == "longformer":
+            raise ValueError("attention is 'longformer'; its global tokens see later ones: use 'softmax' with a window")
         check_choices(
             self,
             positions=get_args(Positions),

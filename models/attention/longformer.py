@@ -78,7 +78,9 @@ class LongformerAttention(Heads):
         query, key, value = self.queries(x), self.keys(x), self.values(x)
         query, key = self._rotate(query, positions), self._rotate(key, positions)
         counts = is_global.sum(1)
-        index = is_global.int().argsort(1, descending=True, stable=True)[:, : max(counts.tolist(), default=0)]  # (B, U)
+        index = is_global.int().argsort(dim=1, descending=True, stable=True)[
+            :, : max(counts.tolist(), default=0)
+        ]  # (B, U)
         present = arange(index.shape[1], device=x.device) < counts[:, None]
         if need_weights:
             mask = allow(positions, positions, left=self.side, right=self.side) | is_global[:, None, None, :]

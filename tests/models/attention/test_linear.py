@@ -223,7 +223,7 @@ def reference():
 
 
 class TestAgainstPerformerPytorch:
-    """Parity with performer-pytorch, both ways only: its causal keys are scaled by the largest of all, later ones too."""
+    """Parity where it is not causal: its causal keys are scaled by the largest of all, later ones included."""
 
     def test_bidirectional_attention_is_the_same(self, reference):
         query, key, value = (0.7 * torch.randn(2, 4, 50, 16, dtype=torch.float64) for _ in range(3))
@@ -366,7 +366,7 @@ class TestLinearAttention:
             layer_of()(x, chunk_of(x), need_weights=True)
         with pytest.raises(ValueError, match="a past needs causal attention"):
             layer_of(causal=False)(x, chunk_of(x), {"sums": x})
-        with pytest.raises(ValueError, match="is_global marks tokens .* they need attention 'longformer'"):
+        with pytest.raises(ValueError, match=r"is_global marks tokens .* they need attention 'longformer'"):
             layer_of()(x, Chunk.of(x[..., 0], is_global=torch.zeros(1, 3, dtype=torch.bool)))
         with pytest.raises(ValueError, match="features is 'relu'; it must be one of favor, elu"):
             LinearAttention(24, 4, features="relu")
