@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -51,12 +51,31 @@ class TokenizerInfo:
             raise ValueError("add_bos is true; it needs a bos_token_id")
 
 
+Pooling = Literal["mean", "cls", "max", "last"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingInfo:
+    """How one vector is made of a text's tokens: their mean, the first, the largest of each component, or the last.
+
+    `normalize` scales it to unit length.
+    """
+
+    pooling: Pooling
+    normalize: bool
+
+    def __post_init__(self) -> None:
+        if self.pooling not in get_args(Pooling):
+            raise ValueError(f"pooling is {self.pooling!r}; it must be one of {', '.join(get_args(Pooling))}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedModel:
     """A model that can be used: weights, tokenizers, and where they come from.
 
     `tokenizer` is that of the text that is generated or, where none is, of the text that is read; None where there
     is no text. `source_tokenizer` is that of an encoder's source if it differs. `labels` name a classifier's classes.
+    `embedding` says how an encoder's vectors become one.
     `source` names the origin, `licence` is an SPDX identifier where one exists, `recipe` and `data` are set for
     models trained here.
     """
@@ -67,6 +86,7 @@ class TrainedModel:
     licence: str
     source_tokenizer: TokenizerInfo | None = None
     labels: tuple[str, ...] | None = None
+    embedding: EmbeddingInfo | None = None
     recipe: str | None = None
     data: str | None = None
 
@@ -91,6 +111,7 @@ def save(model: TrainedModel, directory: str | Path) -> None:
             "tokenizer": _write_tokenizer(model.tokenizer, scratch / TOKENIZER),
             "source_tokenizer": _write_tokenizer(model.source_tokenizer, scratch / SOURCE_TOKENIZER),
             "labels": model.labels,
+            "embedding": None if model.embedding is None else asdict(model.embedding),
             "source": model.source,
             "licence": model.licence,
             "recipe": model.recipe,
@@ -138,7 +159,7 @@ def _assemble(document: dict[str, Any], directory: Path) -> TrainedModel:
         raise CheckpointError(
             f"{directory / CONFIG}: family is {document['family']!r}; known are {', '.join(sorted(FAMILIES))}"
         )
-    labels = document["labels"]
+    labels, embedding = document["labels"], document.get("embedding")
     # The configuration has no nulls that matter: a field that is absent takes its default.
     config = from_table(model_class.config_class, _without_nulls(document["config"]))
     return TrainedModel(
@@ -146,6 +167,7 @@ def _assemble(document: dict[str, Any], directory: Path) -> TrainedModel:
         tokenizer=_read_tokenizer(document["tokenizer"], directory / TOKENIZER),
         source_tokenizer=_read_tokenizer(document["source_tokenizer"], directory / SOURCE_TOKENIZER),
         labels=None if labels is None else tuple(labels),
+        embedding=None if embedding is None else EmbeddingInfo(**embedding),
         source=document["source"],
         licence=document["licence"],
         recipe=document["recipe"],

@@ -1,19 +1,23 @@
 """Reader of Hugging Face directories: safetensors (sharded too), config.json, tokenizer.json.
 
-Llama, Mistral and Qwen2 (one architecture under three names) and GPT-2. `huggingface_config` translates the
-configuration, `huggingface_tokenizer` the tokenizer; this file finds the weights and renames them.
+Llama, Mistral and Qwen2 (one architecture under three names), GPT-2, and the BERT family (`bert`).
+`huggingface_config` translates the configuration, `huggingface_tokenizer` the tokenizer; this file finds the weights
+and renames them.
 """
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.checkpoint import TrainedModel
+from models.checkpoint import EmbeddingInfo, TrainedModel
 from models.decoder import Decoder, DecoderConfig
+from models.model import Model
+from models.readers import bert
 from models.readers.errors import ReadError
 from models.readers.huggingface_config import translate
 from models.readers.huggingface_tokenizer import read_tokenizer
@@ -60,17 +64,29 @@ def read(directory: str | Path) -> TrainedModel:
     directory = Path(directory)
     try:
         document = read_json(directory / "config.json")
-        config = translate(document)
-        tokenizer = read_tokenizer(directory, document)
-        weights = _rename(_load(directory), document["model_type"], config)
-        decoder = Decoder.from_weights(config, weights)
+        module, embedding = _build(directory, document)
+        tokenizer = read_tokenizer(directory, document, continues=isinstance(module, Decoder))
     except KeyError as error:
         raise ReadError(f"{directory}: config.json lacks {error.args[0]}") from error
     except (OSError, UnicodeDecodeError, SafetensorError) as error:
         raise ReadError(f"{directory} cannot be read: {error}") from error
     except ValueError as error:
         raise ReadError(f"{directory}: {error}") from error
-    return TrainedModel(module=decoder, tokenizer=tokenizer, source=directory.name, licence=_licence(directory))
+    return TrainedModel(
+        module=module,
+        tokenizer=tokenizer,
+        embedding=embedding,
+        source=directory.name,
+        licence=_licence(directory),
+    )
+
+
+def _build(directory: Path, document: dict[str, Any]) -> tuple[Model, EmbeddingInfo | None]:
+    """Return the model, and how it embeds texts if that is known."""
+    if document.get("model_type") == "bert":
+        return bert.build(directory, document, _load(directory)), bert.read_embedding(directory)
+    config = translate(document)
+    return Decoder.from_weights(config, _rename(_load(directory), document["model_type"], config)), None
 
 
 def _load(directory: Path) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ def translate(document: Mapping[str, Any]) -> DecoderConfig:
         return _llama(document)
     if model_type == "gpt2":
         return _gpt2(document)
-    known = ", ".join((*_LLAMA_TYPES, "gpt2"))
+    known = ", ".join((*_LLAMA_TYPES, "gpt2", "bert"))
     raise ReadError(f"model_type is {model_type!r}; known are {known}")
 
 

@@ -11,12 +11,18 @@ from models.readers.errors import ReadError
 from models.readers.json_file import read_json
 
 
-def read_tokenizer(directory: Path, config: Mapping[str, Any]) -> TokenizerInfo:
+def read_tokenizer(directory: Path, config: Mapping[str, Any], *, continues: bool = True) -> TokenizerInfo:
     """Read the tokenizer with its special ids; those of generation_config.json win over `config`, the model's own.
+
+    Args:
+        directory: where the files lie.
+        config: the contents of config.json.
+        continues: whether the model continues what it reads, so that nothing may be added at a prompt's end. What an
+            encoder's tokenizer adds around a text stays in its file.
 
     Raises:
         ReadError: there is no tokenizer.json, it is malformed, has more tokens than the model's vocabulary, or adds
-            more to a prompt than a first token.
+            more to a prompt that is continued than a first token.
     """
     path = directory / "tokenizer.json"
     if not path.is_file():
@@ -40,7 +46,7 @@ def read_tokenizer(directory: Path, config: Mapping[str, Any]) -> TokenizerInfo:
         bos_token_id=bos_token_id,
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         pad_token_id=pad,
-        add_bos=_adds_bos(tokenizer, settings, bos_token_id),
+        add_bos=continues and _adds_bos(tokenizer, settings, bos_token_id),
         chat_template=_chat_template(directory, settings),
     )
 

@@ -7,8 +7,8 @@ from typing import Any
 from models.readers.errors import ReadError
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
+def read_json(path: Path, *, kind: type = dict) -> Any:
+    """Return the object in a JSON file, or the list if `kind` says so.
 
     Raises:
         ReadError: the file is missing, malformed, or holds something else.
@@ -19,6 +19,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ReadError(f"{path.name} is missing") from error
     except json.JSONDecodeError as error:
         raise ReadError(f"{path.name} is malformed: {error}") from error
-    if not isinstance(document, dict):
-        raise ReadError(f"{path.name} holds no object")
+    if not isinstance(document, kind):
+        raise ReadError(f"{path.name} holds no {'object' if kind is dict else kind.__name__}")
     return document
