@@ -105,7 +105,7 @@ def attend(
         mask = _group(mask, full, num_kv_heads)
     if bias is None and softcap is None and normalizer is masked_softmax and not need_weights:
         output = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)
-        return output.reshape(*full[:3], -1), None
+        return output.reshape(*full[:3], value.shape[-1]), None
     half = query.dtype in (torch.float16, torch.bfloat16)
     if half:  # products of half-precision vectors overflow before they are scaled
         query, key = query.float(), key.float()
@@ -116,7 +116,7 @@ def attend(
         scores = scores + _group(bias, full, num_kv_heads)
     weights = normalizer(scores, mask).to(value.dtype)
     output = F.dropout(weights, dropout) @ value
-    return output.reshape(*full[:3], -1), weights.reshape(full) if need_weights else None
+    return output.reshape(*full[:3], value.shape[-1]), weights.reshape(full) if need_weights else None
 
 
 def entropy(weights: Tensor) -> Tensor:
