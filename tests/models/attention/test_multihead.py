@@ -1,12 +1,15 @@
 """Multi-head attention: parity with torch, and what a past must and must not change."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from models.attention.multihead import MultiHeadAttention
+from models.attention.multihead import CrossAttention, MultiHeadAttention
+from models.attention.normalizers import entmax15, sparsemax
 from models.attention.positions import Rotary
-from models.states import Chunk, StateRule
+from models.states import SOURCE, Chunk, StateRule
 
 
 @pytest.fixture(autouse=True)
@@ -119,3 +122,191 @@ def test_widths_that_do_not_divide_are_refused():
         MultiHeadAttention(24, 6, num_kv_heads=4)
     x = torch.randn(1, 3, 24)
     assert MultiHeadAttention(24, 5, head_dim=7)(x, chunk_of(x)).output.shape == x.shape
+
+
+def cached_pass(attention, x, chunks, capacity, dtype=torch.float64):
+    """Attend chunk by chunk, every row with lengths of its own; return each row's outputs."""
+    rows = len(x)
+    past = {spec.name: torch.zeros(rows, *spec.row_shape(capacity), dtype=dtype) for spec in attention.state_specs()}
+    starts, outputs = torch.zeros(rows, dtype=torch.int64), [[] for _ in range(rows)]
+    for lengths in chunks:
+        width = max(lengths)
+        part = torch.full((rows, width, x.shape[-1]), 1e3, dtype=dtype)
+        for row, length in enumerate(lengths):
+            part[row, :length] = x[row, starts[row] : starts[row] + length]
+        attended = attention(part, Chunk(start=starts, lengths=torch.tensor(lengths), num_tokens=width), past)
+        past, starts = attended.present, starts + torch.tensor(lengths)
+        for row, length in enumerate(lengths):
+            outputs[row].append(attended.output[row, :length])
+    return [torch.cat(parts) for parts in outputs]
+
+
+RAGGED = [[7, 1, 0], [1, 1, 1], [0, 9, 3], [2, 0, 11], [5, 4, 0]]
+MECHANISMS = {
+    "plain": {},
+    "multi-query": {"num_kv_heads": 1},
+    "rotary": {"rotary": Rotary(4)},
+    "alibi": {"alibi": True},
+    "qk-norm": {"qk_norm": True, "rotary": Rotary(4, interleaved=True)},
+    "softcap": {"softcap": 2.0},
+    "sparsemax": {"normalizer": sparsemax},
+    "entmax": {"normalizer": entmax15, "alibi": True},
+    "window": {"window": 4, "alibi": True},
+    "window of one": {"window": 1},
+    "ring": {"window": 4, "window_state": "ring", "alibi": True},
+    "ring of one": {"window": 1, "window_state": "ring"},
+    "ring, rotary": {"window": 5, "window_state": "ring", "rotary": Rotary(4), "num_kv_heads": 2},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+@torch.no_grad()
+def test_ragged_rows_step_by_step_equal_one_pass(mechanism, dtype):
+    attention = MultiHeadAttention(24, 6, causal=True, **MECHANISMS[mechanism]).to(dtype)
+    x = torch.randn(3, 15, 24).to(dtype)
+    expected = attention(x, chunk_of(x), need_weights=True)  # the path without shortcuts
+    atol = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}[dtype]
+    for row, actual in enumerate(cached_pass(attention, x, RAGGED, 16, dtype)):
+        torch.testing.assert_close(actual, expected.output[row, : len(actual)], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_every_mechanism_passes_gradcheck(mechanism):
+    attention = MultiHeadAttention(24, 6, causal=True, **MECHANISMS[mechanism]).double()
+    x = torch.randn(1, 4, 24, dtype=torch.float64, requires_grad=True)
+    if "rotary" in MECHANISMS[mechanism]:
+        attention.rotary = None  # its cosines are float32; positions have tests of their own
+    directions = torch.randn(6, 24, dtype=torch.float64)
+
+    def along(weights):  # a few directions instead of all 96 numbers
+        return attention(x.detach() + (weights @ directions)[:, None], chunk_of(x, [3])).output[:, :3]
+
+    assert torch.autograd.gradcheck(along, torch.zeros(1, 6, dtype=torch.float64, requires_grad=True))
+
+
+def test_alibi_equals_a_bias_by_distance_whatever_came_before():
+    attention = MultiHeadAttention(24, 6, causal=True, alibi=True).double()
+    x = torch.randn(2, 8, 24, dtype=torch.float64)
+    query, key, value = attention.queries(x), attention.keys(x), attention.values(x)
+    distance = torch.arange(8)[:, None] - torch.arange(8)
+    slopes = torch.tensor([0.25, 0.0625, 0.015625, 0.00390625, 0.5, 0.125], dtype=torch.float64)
+    scores = query @ key.mT / 2 - slopes[:, None, None] * distance
+    weights = scores.masked_fill(distance < 0, -math.inf).softmax(-1)
+    expected = attention.merge(weights @ value)
+    actual = attention(x, chunk_of(x), need_weights=True)
+    torch.testing.assert_close(actual.output, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(actual.weights, weights, rtol=0, atol=1e-10)
+
+
+def test_alibi_without_causality_costs_the_same_in_both_directions():
+    attention = MultiHeadAttention(24, 6, alibi=True).double()
+    x = torch.randn(2, 8, 24, dtype=torch.float64)
+    mirrored = attention(x.flip(1), chunk_of(x)).output.flip(1)
+    torch.testing.assert_close(attention(x, chunk_of(x)).output, mirrored, rtol=0, atol=1e-10)
+
+
+def test_options_that_exclude_each_other_are_refused():
+    for options, message in (
+        ({"window": 0}, "window is 0; it must be at least 1"),
+        ({"window_state": "heap"}, "window_state is 'heap'; it must be append or ring"),
+        ({"window_state": "ring", "causal": True}, "needs causal attention with a window"),
+        ({"window_state": "ring", "window": 3}, "needs causal attention with a window"),
+        ({"alibi": True, "rotary": Rotary(6)}, "choose one kind of positions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MultiHeadAttention(24, 4, **options)
+
+
+class TestCrossAttention:
+    def crossed(self, attention, x, memory, valid=None, **options):
+        return attention(x, attention.project(memory), valid, **options)
+
+    def test_it_equals_torch_multihead_attention_over_a_memory_of_another_width(self):
+        reference = nn.MultiheadAttention(24, 4, kdim=10, vdim=10, batch_first=True).double().eval()
+        ours = CrossAttention(24, 4, d_memory=10, qkv_bias=True, output_bias=True).double().eval()
+        reference.in_proj_bias.data.normal_()
+        names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        with torch.no_grad():
+            for linear, name, bias in zip(
+                (ours.query, ours.key, ours.value), names, reference.in_proj_bias.chunk(3), strict=True
+            ):
+                linear.weight.copy_(getattr(reference, name))
+                linear.bias.copy_(bias)
+            ours.output.load_state_dict(reference.out_proj.state_dict())
+        x, memory = torch.randn(3, 5, 24, dtype=torch.float64), torch.randn(3, 7, 10, dtype=torch.float64)
+        valid = torch.arange(7) < torch.tensor([[7], [2], [5]])
+        expected, weights = reference(
+            x, memory, memory, key_padding_mask=~valid, need_weights=True, average_attn_weights=False
+        )
+        actual = self.crossed(ours, x, memory, valid, need_weights=True)
+        torch.testing.assert_close(actual.output, expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(actual.weights, weights, rtol=0, atol=1e-10)
+        torch.testing.assert_close(self.crossed(ours, x, memory, valid).output, expected, rtol=0, atol=1e-10)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("need_weights", [False, True])
+    def test_padded_memory_may_hold_anything_and_an_empty_one_gives_zero(self, need_weights, dtype):
+        attention = CrossAttention(24, 4, num_kv_heads=2, d_memory=10).to(dtype)
+        x, memory = torch.randn(3, 5, 24).to(dtype), torch.randn(3, 7, 10).to(dtype)
+        valid = torch.arange(7) < torch.tensor([[7], [0], [4]])
+        clean = self.crossed(attention, x, memory.masked_fill(~valid[..., None], 0.0), valid, need_weights=need_weights)
+        for garbage in (math.nan, math.inf, 6e4):
+            dirty = memory.masked_fill(~valid[..., None], garbage)
+            actual = self.crossed(attention, x, dirty, valid, need_weights=need_weights)
+            assert torch.equal(actual.output, clean.output)
+            assert (actual.output[1] == 0).all()
+        if need_weights:
+            assert (actual.weights[1] == 0).all()
+            assert (actual.weights[2, ..., 4:] == 0).all()
+
+    def test_gradients_stay_finite_beside_garbage_and_pass_gradcheck(self):
+        attention = CrossAttention(4, 2, qk_norm=True, softcap=3.0).double()
+        valid = torch.tensor([[True, True, False], [False] * 3])
+        memory = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+        x = torch.randn(2, 2, 4, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda x, m: self.crossed(attention, x, m, valid).output, (x, memory))
+        projected = {
+            name: tensor.masked_fill(~valid[:, None, :, None], math.nan)
+            for name, tensor in attention.project(memory).items()
+        }
+        attention(x, projected, valid).output.square().sum().backward()
+        for tensor in (x, memory, attention.key.weight, attention.value.weight, attention.query.weight):
+            assert tensor.grad.isfinite().all()
+
+    def test_the_order_of_memory_means_nothing(self):
+        attention = CrossAttention(24, 4).double()
+        x, memory = torch.randn(2, 5, 24, dtype=torch.float64), torch.randn(2, 7, 24, dtype=torch.float64)
+        valid, order = torch.arange(7) < torch.tensor([[7], [3]]), torch.randperm(7)
+        expected = self.crossed(attention, x, memory, valid).output
+        actual = self.crossed(attention, x, memory[:, order], valid[:, order]).output
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+
+    def test_rows_alone_equal_rows_in_a_batch_of_mixed_lengths(self):
+        attention = CrossAttention(24, 4, num_kv_heads=1, normalizer=entmax15, softcap=5.0, qk_norm=True).double()
+        x, memory = torch.randn(3, 5, 24, dtype=torch.float64), torch.randn(3, 7, 24, dtype=torch.float64)
+        lengths = torch.tensor([7, 1, 4])
+        together = self.crossed(attention, x, memory, torch.arange(7) < lengths[:, None]).output
+        for row, length in enumerate(lengths.tolist()):
+            alone = self.crossed(attention, x[row : row + 1], memory[row : row + 1, :length]).output
+            torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-10)
+
+    def test_an_empty_memory_or_no_query_keeps_the_shape(self):
+        attention = CrossAttention(24, 4)
+        for queries, keys in ((5, 0), (0, 7), (0, 0)):
+            output = self.crossed(attention, torch.randn(2, queries, 24), torch.randn(2, keys, 24)).output
+            assert output.shape == (2, queries, 24)
+            assert (output == 0).all()
+
+    def test_the_memory_is_a_fixed_state_as_long_as_the_source(self):
+        attention = CrossAttention(24, 4, num_kv_heads=2, d_memory=10)
+        specs = attention.state_specs()
+        assert [(spec.name, spec.rule, spec.shape) for spec in specs] == [
+            ("key", StateRule.FIXED, (2, SOURCE, 6)),
+            ("value", StateRule.FIXED, (2, SOURCE, 6)),
+        ]
+        projected = attention.project(torch.randn(3, 7, 10))
+        assert {name: tuple(tensor.shape[1:]) for name, tensor in projected.items()} == {
+            spec.name: spec.row_shape(1, 7) for spec in specs
+        }
+        assert attention(torch.randn(3, 5, 24), projected).present == {}
