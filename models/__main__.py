@@ -7,6 +7,7 @@ from pathlib import Path
 
 from attendant.heatmap import entropy_table, render_html, render_terminal, takes_colours
 from models import checkpoint, show
+from models.examples import Example
 from models.readers import gguf, huggingface
 from models.recipes import run
 
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     shower = commands.add_parser("show", help="print a checkpoint's configuration, or where it looks in an example")
     shower.add_argument("directory", type=Path, metavar="DIR")
     shower.add_argument("--text", help="what the model reads; prints the entropy of every head")
+    shower.add_argument("--image", type=int, metavar="INDEX", help="which test picture it reads instead")
     shower.add_argument("--target", metavar="TEXT", help="what it writes about that; default: its own answer")
     shower.add_argument("--terminal", action="store_true", help="print heat maps as well")
     shower.add_argument("--png", type=Path, metavar="DIR", help="write one heat map for each layer into DIR")
@@ -87,15 +89,14 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    if arguments.text is None:
+    example = Example(text=arguments.text, image=arguments.image, target=arguments.target)
+    if example.text is None and example.image is None:
         for name in ("target", "terminal", "png", "html"):
             if getattr(arguments, name):
-                raise ValueError(f"--{name} shows attention to an example; give one with --text")
+                raise ValueError(f"--{name} is about an example; give one with --text or --image")
         print("\n".join(show.description(checkpoint.load(arguments.directory))))
         return
-    sheet = show.attention(
-        checkpoint.load(arguments.directory), show.Example(text=arguments.text, target=arguments.target)
-    )  # fmt: skip
+    sheet = show.attention(checkpoint.load(arguments.directory), example)
     print(entropy_table(sheet))
     if arguments.terminal:
         print(f"\n{render_terminal(sheet, colours=takes_colours(sys.stdout))}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.decoder import Decoder, DecoderConfig
 from models.encoder import Encoder, EncoderConfig
 from models.model import Model
-from models.states import State
+from models.states import State, StateSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +54,10 @@ class SourceToSequence(Model):
 
     encoder: nn.Module
     decoder: Decoder
+
+    def state_specs(self) -> tuple[StateSpec, ...]:
+        """Declare the states of the decoder."""
+        return self.decoder.state_specs()
 
     def encode(self, source: Tensor, source_lengths: Tensor | None = None) -> Tensor:
         """Return the memory (B, S, E) of sources, of which the first `source_lengths` (B,) of S are real."""

@@ -8,7 +8,7 @@ Shapes: B rows, always one; H heads, T queries, S keys.
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +18,30 @@ from torch import Tensor
 
 from attendant.heatmap import AttentionMap, Layer, Sheet, render_png
 from models.attention.functional import allow
-from models.beam import BeamSearch, search
-from models.checkpoint import TokenizerInfo, TrainedModel
+from models.captioner import Captioner
+from models.checkpoint import TrainedModel
+from models.encoder import StackConfig
+from models.examples import Example, patch_names, picture, read, target_ids
 from models.families import family_of
 from models.recurrent import Recurrent
 from models.token_texts import token_texts
-
-MAX_WRITTEN = 64
-"""How many tokens a model writes at most where it is given no target."""
-BEAM_WIDTH = 5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Example:
-    """What a model is given: a text to read, and the target that it writes about it; its own where that is None."""
-
-    text: str
-    target: str | None = None
+from models.vision import ImageEncoderConfig
 
 
 def description(model: TrainedModel) -> Iterator[str]:
     """Yield the lines that describe a checkpoint: provenance, configuration, size, and states."""
-    for name in ("source", "licence", "recipe", "data"):
-        if (value := getattr(model, name)) is not None:
-            yield f"{name:<16}{value}"
-    for name, value in _flat(asdict(model.module.config)):
-        yield f"{name:<16}{value}" if len(name) < 16 else f"{name} {value}"
-    yield f"{'parameters':<16}{sum(parameter.numel() for parameter in model.module.parameters()):,}"
+    lines = [(name, getattr(model, name)) for name in ("source", "licence", "recipe", "data")]
+    lines = [(name, value) for name, value in lines if value is not None]
+    lines += _flat(asdict(model.module.config))
+    lines.append(("parameters", f"{sum(parameter.numel() for parameter in model.module.parameters()):,}"))
     specs = model.module.state_specs()
+    if specs:
+        lines.append(("states", f"{sum(spec.bytes_per_token for spec in specs):,} bytes for each token"))
+    width = max(len(name) for name, _ in lines) + 2
+    for name, value in lines:
+        yield f"{name:<{width}}{value}"
     for spec in specs:
-        yield f"state {spec.name:<10}{spec.rule:<8} {spec.dtype} {list(spec.shape)}"
-    yield f"{'states':<16}{sum(spec.bytes_per_token for spec in specs):,} bytes for each token"
+        yield f"state {spec.name:<{width - 6}}{spec.rule:<8} {spec.dtype} {list(spec.shape)}"
 
 
 @torch.inference_mode()
@@ -61,7 +54,8 @@ def attention(model: TrainedModel, example: Example) -> Sheet:
     family = family_of(model.module)
     if family not in _SHOWN:
         raise ValueError(f"attention of the family {family!r} cannot be shown; {', '.join(_SHOWN)} can")
-    return Sheet(title=f"{model.recipe or family}: {example.text}", layers=tuple(_SHOWN[family](model, example)))
+    given = f"test picture {example.image}" if example.text is None else example.text
+    return Sheet(title=f"{model.recipe or family}: {given}", layers=tuple(_SHOWN[family](model, example)))
 
 
 def write_pngs(sheet: Sheet, directory: Path) -> list[Path]:
@@ -76,38 +70,65 @@ def write_pngs(sheet: Sheet, directory: Path) -> list[Path]:
 
 
 def _decoder(model: TrainedModel, example: Example) -> list[Layer]:
-    if example.target is not None:
-        raise ValueError("a decoder continues what it reads; give all of it as --text, and no --target")
-    token_ids, tokens = _read(model.tokenizer, example.text)
+    example.only("text")
+    token_ids, tokens = read(model.tokenizer, example.text)
     weights, _ = model.module.attention_weights(token_ids)
     return _layers("self-attention", weights, tokens, tokens, _causal(len(tokens), model.module.config.window))
 
 
 def _encoder(model: TrainedModel, example: Example) -> list[Layer]:
-    if example.target is not None:
-        raise ValueError("an encoder writes nothing; give a --text, and no --target")
-    token_ids, tokens = _read(model.tokenizer, example.text)
-    weights = model.module.attention_weights(token_ids)
-    return _layers("self-attention", weights, tokens, tokens, _near(len(tokens), model.module.config.stack.window))
+    example.only("text")
+    token_ids, tokens = read(model.tokenizer, example.text)
+    stack = model.module.config.stack
+    if stack.attention != "longformer":
+        return _layers(
+            "self-attention", model.module.attention_weights(token_ids), tokens, tokens, _near(len(tokens), stack)
+        )
+    is_global = torch.arange(len(tokens)) == 0
+    weights = model.module.attention_weights(token_ids, is_global=is_global[None])
+    mask = _near(len(tokens), stack) | is_global | is_global[:, None]
+    return _layers("self-attention with the first token global", weights, tokens, tokens, mask)
+
+
+def _vision_transformer(model: TrainedModel, example: Example) -> list[Layer]:
+    example.only("image")
+    config = model.module.config.encoder
+    weights = model.module.attention_weights(picture(example.image, config.height, config.width))
+    names = ["class", *_patches(config)]
+    return _layers("self-attention", weights, names, names, _near(len(names), config.stack))
+
+
+def _hard_attention(model: TrainedModel, example: Example) -> list[Layer]:
+    example.only("image")
+    config, patch = model.module.config, model.module.config.patch.encoder
+    image = picture(example.image, config.rows * patch.height, config.columns * patch.width)
+    weights = model.module.attention_weights(image)[:, None, None]  # (1, 1, 1, S)
+    return _layers("where to look", [weights], ["glance"], patch_names(config.rows, config.columns), None)
 
 
 def _source_to_sequence(model: TrainedModel, example: Example) -> list[Layer]:
-    source_ids, source = _read(model.source_tokenizer or model.tokenizer, example.text)
-    target_ids = _target(model, source_ids, example.target)
+    config = model.module.config
+    if isinstance(model.module, Captioner):
+        example.only("image", "target")
+        source, names = picture(example.image, config.encoder.height, config.encoder.width), _patches(config.encoder)
+    else:
+        example.only("text", "target")
+        source, names = read(model.source_tokenizer or model.tokenizer, example.text)
+    limit = (config if isinstance(model.module, Recurrent) else config.decoder).max_model_len
+    target = target_ids(model, source, example.target, limit)
     start, end = model.tokenizer.bos_token_id, model.tokenizer.eos_token_ids[0]
     tokenizer = Tokenizer.from_str(model.tokenizer.json)
     # While it reads the start token it writes the first of the target, and so on.
-    read, written = (token_texts(tokenizer, ids) for ids in ((start, *target_ids), (*target_ids, end)))
-    weights = model.module.attention_weights(source_ids, torch.tensor([[start, *target_ids]]))
-    config = model.module.config
+    before, written = (token_texts(tokenizer, ids) for ids in ((start, *target), (*target, end)))
+    weights = model.module.attention_weights(source, torch.tensor([[start, *target]]))
     layers = []
     if weights.encoder:
-        near = _near(len(source), config.encoder.stack.window)
-        layers += _layers("encoder self-attention", weights.encoder, source, source, near)
+        mask = _near(len(names), config.encoder.stack)
+        layers += _layers("encoder self-attention", weights.encoder, names, names, mask)
     if weights.decoder:
-        causal = _causal(len(read), config.decoder.window)
-        layers += _layers("decoder self-attention", weights.decoder, read, read, causal)
-    return layers + _layers("cross-attention of each token written", weights.cross, written, source, None)
+        mask = _causal(len(before), config.decoder.window)
+        layers += _layers("decoder self-attention", weights.decoder, before, before, mask)
+    return layers + _layers("cross-attention of each token written", weights.cross, written, names, None)
 
 
 _SHOWN: dict[str, Callable[[TrainedModel, Example], list[Layer]]] = {
@@ -116,36 +137,10 @@ _SHOWN: dict[str, Callable[[TrainedModel, Example], list[Layer]]] = {
     "masked-lm": _encoder,
     "encoder-decoder": _source_to_sequence,
     "recurrent": _source_to_sequence,
+    "vision-transformer": _vision_transformer,
+    "hard-attention": _hard_attention,
+    "captioner": _source_to_sequence,
 }
-
-
-def _read(info: TokenizerInfo | None, text: str) -> tuple[Tensor, list[str]]:
-    """Return the token ids (1, S) of a text and the text of each token."""
-    if info is None:
-        raise ValueError("the checkpoint has no tokenizer, so no --text can be read")
-    tokenizer = Tokenizer.from_str(info.json)
-    token_ids = tokenizer.encode(text, add_special_tokens=False).ids
-    if info.add_bos:
-        token_ids = [info.bos_token_id, *token_ids]
-    if not token_ids:
-        raise ValueError(f"the text {text!r} has no tokens; give a longer one")
-    return torch.tensor([token_ids]), token_texts(tokenizer, token_ids)
-
-
-def _target(model: TrainedModel, source_ids: Tensor, target: str | None) -> Sequence[int]:
-    """Return the token ids of a target or, where it is None, of the best that a beam search finds."""
-    if target is not None:
-        token_ids, _ = _read(model.tokenizer, target)
-        return token_ids[0].tolist()
-    config = model.module.config
-    limit = (config if isinstance(model.module, Recurrent) else config.decoder).max_model_len
-    options = BeamSearch(
-        width=BEAM_WIDTH,
-        max_tokens=max(1, min(MAX_WRITTEN, limit - 1)),  # read again after a start token
-        start_token_id=model.tokenizer.bos_token_id,
-        end_token_id=model.tokenizer.eos_token_ids[0],
-    )
-    return search(model.module, source_ids, None, options)[0][0].token_ids
 
 
 def _causal(num_tokens: int, window: int | None) -> Tensor:
@@ -153,9 +148,17 @@ def _causal(num_tokens: int, window: int | None) -> Tensor:
     return allow(positions, positions, causal=True, left=None if window is None else window - 1)[0, 0]
 
 
-def _near(num_tokens: int, window: int | None) -> Tensor:
-    positions, reach = torch.arange(num_tokens)[None], None if window is None else window - 1
+def _near(num_tokens: int, stack: StackConfig) -> Tensor:
+    """Return the mask (S, S) of a bidirectional stack; global tokens are not in it."""
+    positions = torch.arange(num_tokens)[None]
+    reach = None
+    if stack.window is not None:
+        reach = stack.window // 2 if stack.attention == "longformer" else stack.window - 1
     return allow(positions, positions, left=reach, right=reach)[0, 0]
+
+
+def _patches(config: ImageEncoderConfig) -> list[str]:
+    return patch_names(config.height // config.patch_size, config.width // config.patch_size)
 
 
 def _layers(
