@@ -103,7 +103,7 @@ def patch_names(rows: int, columns: int) -> list[str]:
 def target_ids(model: TrainedModel, source: Tensor, target: str | None, max_model_len: int) -> list[int]:
     """Return the token ids of a target or, where it is None, of the best that a beam search finds for the source."""
     if target is not None:
-        return read(model.tokenizer, target)[0][0].tolist()
+        return Tokenizer.from_str(model.tokenizer.json).encode(target, add_special_tokens=False).ids
     options = BeamSearch(
         width=BEAM_WIDTH,
         max_tokens=max(1, min(MAX_WRITTEN, max_model_len - 1)),  # they are read again after a start token
