@@ -119,6 +119,30 @@ def attend(
     return output.reshape(*full[:3], value.shape[-1]), weights.reshape(full) if need_weights else None
 
 
+def attend_causally(
+    query: Tensor, key: Tensor, value: Tensor, *, key_valid: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """Return what `attend` returns where query t sees keys 0..t: in half its time, with no mask in memory.
+
+    Queries and keys are of the same tokens, so that both ends of the mask agree. Padding comes after what is valid, so
+    no valid query sees it; what padding itself reads means nothing.
+
+    Args:
+        query: (B, H, T, D).
+        key: (B, K, T, D).
+        value: (B, K, T, V).
+        key_valid: (B or 1, T) booleans; padding, where it is False, may hold anything, NaN included.
+        dropout: probability that a weight is dropped; callers pass 0 outside training.
+
+    Returns:
+        (B, H, T, V).
+    """
+    if key_valid is not None:
+        hidden = ~key_valid[:, None, :, None]
+        key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
+    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, enable_gqa=True)
+
+
 def entropy(weights: Tensor) -> Tensor:
     """Entropy in nats of each distribution over the last axis; 0 for a one-hot or an all-zero row."""
     # 1 has the entropy of 0, and a finite slope, which training on entropy needs.

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, arange
 
-from models.attention.functional import allow, attend
+from models.attention.functional import allow, attend, attend_causally
 from models.attention.heads import Attended, Heads, refuse_global
 from models.attention.normalizers import Normalizer, masked_softmax
 from models.attention.positions import Rotary, alibi_bias, alibi_slopes
@@ -108,11 +108,10 @@ class MultiHeadAttention(Heads):
         right = 0 if self.causal else left
         present: dict[str, Tensor] = {}
         if past is None:
-            if self._blocks(chunk, need_weights):
-                context = window_attend(
-                    query, key, value, left=left, right=right, key_valid=chunk.valid, dropout=dropout
-                )  # fmt: skip
-                return Attended(self.merge(context), None, present)
+            if not need_weights:
+                context = self._without_scores(query, key, value, chunk.valid, dropout)
+                if context is not None:
+                    return Attended(self.merge(context), None, present)
             key_positions, key_valid = positions, chunk.valid
         elif self.ring:
             present = {"key": ring_write(past["key"], key, chunk), "value": ring_write(past["value"], value, chunk)}
@@ -144,11 +143,21 @@ class MultiHeadAttention(Heads):
         )
         return Attended(self.merge(context), weights, present)
 
-    def _blocks(self, chunk: Chunk, need_weights: bool) -> bool:
-        """Say whether the blocked path applies: it has plain softmax only, and pays from a few windows on."""
-        if self.window is None or chunk.num_tokens <= 4 * max(self.window, BLOCK):
-            return False
-        return not (need_weights or self.alibi or self.softcap or self.normalizer is not masked_softmax)
+    def _without_scores(
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, dropout: float
+    ) -> Tensor | None:
+        """Read without a T x T mask where that is possible and pays; None where it is not."""
+        if self.alibi or self.softcap or self.normalizer is not masked_softmax:
+            return None
+        if self.window is None:
+            if not self.causal:
+                return None
+            return attend_causally(query, key, value, key_valid=valid, dropout=dropout)
+        if query.shape[2] <= 4 * max(self.window, BLOCK):
+            return None
+        left = self.window - 1
+        right = 0 if self.causal else left
+        return window_attend(query, key, value, left=left, right=right, key_valid=valid, dropout=dropout)
 
 
 class CrossAttention(Heads):

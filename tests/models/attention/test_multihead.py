@@ -45,7 +45,8 @@ def test_it_equals_torch_multihead_attention(bias, causal):
     actual = ours(x, chunk_of(x, lengths), need_weights=True)
     torch.testing.assert_close(actual.output, expected, rtol=0, atol=1e-10)
     torch.testing.assert_close(actual.weights, weights, rtol=0, atol=1e-10)
-    torch.testing.assert_close(ours(x, chunk_of(x, lengths)).output, expected, rtol=0, atol=1e-10)
+    without_weights = ours(x, chunk_of(x, lengths)).output  # on this path what padding reads means nothing
+    torch.testing.assert_close(without_weights[~ignored], expected[~ignored], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 6), (6, 2), (6, 1)])

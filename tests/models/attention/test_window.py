@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from models.attention.functional import allow, attend
+from models.attention.functional import allow, attend, attend_causally
 from models.attention.multihead import MultiHeadAttention
 from models.attention.positions import Rotary
 from models.attention.window import BLOCK, SharedKeys, window_attend
@@ -213,3 +213,35 @@ class TestRing:
         x = torch.randn(1, 3, 24, dtype=torch.float64)
         with pytest.raises(ValueError, match=r"is_global marks tokens .* they need attention 'longformer'"):
             layer_of(4)(x, Chunk.of(x[..., 0], is_global=torch.ones(1, 3, dtype=torch.bool)))
+
+
+class TestAttendCausally:
+    @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (4, 1)])
+    @pytest.mark.parametrize("tokens", [0, 1, 7, 200])
+    def test_it_equals_attention_under_a_causal_mask(self, tokens, heads, kv_heads):
+        query, key, value = inputs(tokens, rows=3, heads=heads, kv_heads=kv_heads)
+        lengths = torch.tensor([tokens, tokens // 2, 0])[:, None]
+        valid = torch.arange(tokens) < lengths
+        expected = dense(query, key, value, left=tokens, right=0, key_valid=valid)
+        hidden = ~valid[:, None, :, None].expand(-1, kv_heads, -1, -1)
+        output = attend_causally(
+            query, key.masked_fill(hidden, math.nan), value.masked_fill(hidden, math.nan), key_valid=valid
+        )
+        for row, length in enumerate(lengths.flatten().tolist()):
+            torch.testing.assert_close(output[row, :, :length], expected[row, :, :length], rtol=0, atol=1e-10)
+        assert output.isfinite().all()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_every_dtype_stays_near_double_precision(self, dtype):
+        exact = inputs(100)
+        output = attend_causally(*(tensor.to(dtype) for tensor in exact))
+        atol = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 5e-3}[dtype]
+        torch.testing.assert_close(output.double(), dense(*exact, left=100, right=0), rtol=0, atol=atol)
+        assert attend_causally(*(torch.full((1, 2, 9, 64), 40.0, dtype=dtype) for _ in range(3))).isfinite().all()
+
+    def test_no_gradient_reaches_a_later_token(self):
+        query, key, value = (tensor.requires_grad_() for tensor in inputs(20))
+        output = attend_causally(query, key, value)
+        for gradient in torch.autograd.grad(output[:, :, 11].sum(), (key, value)):
+            assert (gradient[:, :, 12:] == 0).all()
+            assert (gradient[:, :, :12] != 0).any(-1).all()
