@@ -4,6 +4,8 @@ Shapes: B windows, T tokens, V vocabulary.
 """
 
 import json
+import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from models import checkpoint
 from models.checkpoint import TokenizerInfo, TrainedModel
 from models.decoder import Decoder, DecoderConfig
 from models.training.baselines import bigram_loss, unigram_loss
-from models.training.config import ConfigError, OptimiserConfig, RunConfig
+from models.training.config import ConfigError, OptimiserConfig, RunConfig, from_table
 from models.training.loop import Task, train
 from models.training.text import (
     END_OF_TEXT,
@@ -29,6 +31,7 @@ from models.training.text import (
 
 CHECKPOINT = "checkpoint"
 BASELINES = "baselines.json"
+EVALUATED_AT_ONCE = 16  # windows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,13 +70,31 @@ CONFIG = LmConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """The stream (N,) of the documents that are never trained on, and how many characters they have."""
+
+    stream: Tensor
+    characters: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, documents: Sequence[str]) -> "Validation":
+        """Encode documents; the end of one counts as a character."""
+        return cls(
+            stream=encode_stream(tokenizer, documents), characters=sum(len(document) + 1 for document in documents)
+        )
+
+    def per_character(self, loss: float) -> float:
+        """Turn nats per token into nats per character."""
+        return loss * (len(self.stream) - 1) / self.characters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Corpus:
-    """Token streams (N,) of both splits, and how many characters the validation split has."""
+    """The token stream (N,) that is trained on, and the validation split."""
 
     tokenizer: Tokenizer
     training: Tensor
-    validation: Tensor
-    validation_characters: int
+    validation: Validation
 
 
 def run(config: LmConfig, directory: Path) -> dict[str, float]:
@@ -95,10 +116,29 @@ def run(config: LmConfig, directory: Path) -> dict[str, float]:
     task = Task(
         module=decoder,
         loss=lambda: _loss(decoder, *random_windows(corpus.training, batch_size, window)),
-        evaluate=lambda: _evaluate(decoder, corpus, batch_size),
+        evaluate=lambda: figures(decoder, corpus.validation),
         save=lambda: checkpoint.save(_trained(decoder, corpus, config.text), directory / CHECKPOINT),
     )
     return train(task, config.run, config.optimiser, directory)
+
+
+def evaluate(trained: TrainedModel) -> dict[str, float]:
+    """Return the figures on the validation text of lm.toml, whatever text the model was trained on."""
+    path = Path(__file__).with_suffix(".toml")
+    text = from_table(LmConfig, tomllib.loads(path.read_text(encoding="utf-8"))).text
+    held_out = read_documents(text.file)[-text.validation_documents :]
+    return figures(trained.module, Validation.of(Tokenizer.from_str(trained.tokenizer.json), held_out))
+
+
+@torch.no_grad()
+def figures(decoder: Decoder, validation: Validation) -> dict[str, float]:
+    """Return nats per token, of which every one but the first is predicted once, and nats per character."""
+    total, count = 0.0, 0
+    for inputs, targets in consecutive_windows(validation.stream, EVALUATED_AT_ONCE, decoder.config.max_model_len):
+        total += _loss(decoder, inputs, targets).item() * targets.numel()
+        count += targets.numel()
+    loss = total / count
+    return {"validation_loss": loss, "validation_nats_per_character": validation.per_character(loss)}
 
 
 def _corpus(config: LmConfig, directory: Path) -> Corpus:
@@ -114,8 +154,7 @@ def _corpus(config: LmConfig, directory: Path) -> Corpus:
     corpus = Corpus(
         tokenizer=tokenizer,
         training=encode_stream(tokenizer, training),
-        validation=encode_stream(tokenizer, validation),
-        validation_characters=sum(len(document) + 1 for document in validation),
+        validation=Validation.of(tokenizer, validation),
     )
     window = config.decoder.max_model_len
     if len(corpus.training) <= window:
@@ -124,30 +163,17 @@ def _corpus(config: LmConfig, directory: Path) -> Corpus:
 
 
 def _baselines(corpus: Corpus, vocab_size: int) -> dict[str, float]:
-    figures = {}
+    baselines = {}
     for name, loss in (("unigram", unigram_loss), ("bigram", bigram_loss)):
-        per_token = loss(corpus.training, corpus.validation, vocab_size)
-        figures |= {f"{name}_loss": per_token, f"{name}_nats_per_character": _per_character(per_token, corpus)}
-    return figures
+        per_token = loss(corpus.training, corpus.validation.stream, vocab_size)
+        baselines[f"{name}_loss"] = per_token
+        baselines[f"{name}_nats_per_character"] = corpus.validation.per_character(per_token)
+    return baselines
 
 
 def _loss(decoder: Decoder, inputs: Tensor, targets: Tensor) -> Tensor:
     """Return mean nats per token of predicting `targets` (B, T) from `inputs` (B, T)."""
     return F.cross_entropy(decoder(inputs).flatten(0, 1), targets.flatten())
-
-
-def _evaluate(decoder: Decoder, corpus: Corpus, batch_size: int) -> dict[str, float]:
-    total, count = 0.0, 0
-    for inputs, targets in consecutive_windows(corpus.validation, batch_size, decoder.config.max_model_len):
-        total += _loss(decoder, inputs, targets).item() * targets.numel()
-        count += targets.numel()
-    loss = total / count
-    return {"validation_loss": loss, "validation_nats_per_character": _per_character(loss, corpus)}
-
-
-def _per_character(loss: float, corpus: Corpus) -> float:
-    """Turn nats per token into nats per character; the end of a document counts as one."""
-    return loss * (len(corpus.validation) - 1) / corpus.validation_characters
 
 
 def _trained(decoder: Decoder, corpus: Corpus, text: TextConfig) -> TrainedModel:

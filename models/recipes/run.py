@@ -29,6 +29,8 @@ RECIPES = (
     "lm-window",
     "mlm",
     "needle",
+    "needle-mean",
+    "needle-window",
 )
 """A name with a hyphen is a variant: the recipe before the hyphen, with another configuration."""
 CONFIG = "recipe.json"
