@@ -56,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     shower.add_argument("--text", help="what the model reads; prints the entropy of every head")
     shower.add_argument("--image", type=int, metavar="INDEX", help="which test picture it reads instead")
     shower.add_argument("--target", metavar="TEXT", help="what it writes about that; default: its own answer")
+    shower.add_argument(
+        "--layer", type=int, action="append", metavar="N", help="only the Nth layer, from 0; may be repeated"
+    )
     shower.add_argument("--terminal", action="store_true", help="print heat maps as well")
     shower.add_argument("--png", type=Path, metavar="DIR", help="write one heat map for each layer into DIR")
     shower.add_argument("--html", type=Path, metavar="FILE", help="write all heat maps as one page")
@@ -91,12 +94,14 @@ def _import(arguments: argparse.Namespace) -> None:
 def _show(arguments: argparse.Namespace) -> None:
     example = Example(text=arguments.text, image=arguments.image, target=arguments.target)
     if example.text is None and example.image is None:
-        for name in ("target", "terminal", "png", "html"):
+        for name in ("target", "layer", "terminal", "png", "html"):
             if getattr(arguments, name):
                 raise ValueError(f"--{name} is about an example; give one with --text or --image")
         print("\n".join(show.description(checkpoint.load(arguments.directory))))
         return
     sheet = show.attention(checkpoint.load(arguments.directory), example)
+    if arguments.layer:
+        sheet = show.only(sheet, arguments.layer)
     print(entropy_table(sheet))
     if arguments.terminal:
         print(f"\n{render_terminal(sheet, colours=takes_colours(sys.stdout))}")

@@ -8,7 +8,7 @@ Shapes: B rows, always one; H heads, T queries, S keys.
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from models.families import family_of
 from models.recurrent import Recurrent
 from models.token_texts import token_texts
 from models.vision import ImageEncoderConfig
+
+MAX_CELLS = 10_000_000
 
 
 def description(model: TrainedModel) -> Iterator[str]:
@@ -56,6 +58,18 @@ def attention(model: TrainedModel, example: Example) -> Sheet:
         raise ValueError(f"attention of the family {family!r} cannot be shown; {', '.join(_SHOWN)} can")
     given = f"test picture {example.image}" if example.text is None else example.text
     return Sheet(title=f"{model.recipe or family}: {given}", layers=tuple(_SHOWN[family](model, example)))
+
+
+def only(sheet: Sheet, indices: Sequence[int]) -> Sheet:
+    """Return a sheet with some of its layers, counted from 0.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    for index in indices:
+        if not 0 <= index < len(sheet.layers):
+            raise ValueError(f"--layer is {index}; there are 0 to {len(sheet.layers) - 1}")
+    return replace(sheet, layers=tuple(sheet.layers[index] for index in indices))
 
 
 def write_pngs(sheet: Sheet, directory: Path) -> list[Path]:
@@ -165,6 +179,8 @@ def _layers(
     name: str, weights: Sequence[Tensor], rows: Sequence[str], columns: Sequence[str], mask: Tensor | None
 ) -> list[Layer]:
     """Name the weights (1, H, T, S) of each layer; the mask is (T, S)."""
+    if (cells := sum(layer.numel() for layer in weights)) > MAX_CELLS:
+        raise ValueError(f"{name} has {cells:,} weights; at most {MAX_CELLS:,} are shown: give a shorter text")
     return [
         Layer(
             title=f"{name}, layer {index}",

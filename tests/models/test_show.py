@@ -264,6 +264,12 @@ def test_an_example_that_does_not_fit_is_refused(name, example, message):
         show.attention(CASES[name][0], example)
 
 
+def test_too_many_weights_are_refused(monkeypatch):
+    monkeypatch.setattr(show, "MAX_CELLS", 9 * 9 * 8 - 1)
+    with pytest.raises(ValueError, match="self-attention has 648 weights; at most 647 are shown: give a shorter text"):
+        show.attention(*CASES["decoder"][:2])
+
+
 # The command line.
 
 
@@ -306,7 +312,17 @@ def test_the_command_draws_on_request(decoder_directory, tmp_path, capsys):
     assert html.count("<caption>head ") == 8
 
 
-@pytest.mark.parametrize("option", [["--terminal"], ["--html", "x.html"], ["--png", "x"], ["--target", "x"]])
+def test_the_command_shows_some_layers_alone(decoder_directory, capsys):
+    arguments = ["show", str(decoder_directory), "--text", "a b"]
+    assert main([*arguments, "--layer", "1"]) == 0
+    assert {line.split()[2] for line in capsys.readouterr().out.splitlines()[1:]} == {"1"}
+    assert main([*arguments, "--layer", "2"]) == 1
+    assert capsys.readouterr().err == "error: --layer is 2; there are 0 to 1\n"
+
+
+@pytest.mark.parametrize(
+    "option", [["--terminal"], ["--layer", "0"], ["--html", "x.html"], ["--png", "x"], ["--target", "x"]]
+)
 def test_drawing_needs_an_example(decoder_directory, option, capsys):
     assert main(["show", str(decoder_directory), *option]) == 1
     assert capsys.readouterr().err == f"error: {option[0]} is about an example; give one with --text or --image\n"

@@ -21,7 +21,7 @@ MAX_LABEL = 20  # characters; longer tokens are cut
 SMALLEST_CELL, LARGEST_CELL, MAP_SIDE = 4, 44, 1200
 NUMBERED_CELL = 34  # cells of at least this size state their weight
 SPACED_CELL = 12  # and of this size are set apart by a line
-LINE = 24  # labels are at least this far apart; of smaller cells, some have none
+LINE = 20  # labels are at least this far apart; of smaller cells, some have none
 _PAPER, _LINE, _STEP = (244, 244, 245), (190, 190, 197), 8
 
 
