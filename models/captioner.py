@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from models.decoder import Decoder, DecoderConfig
 from models.encoder_decoder import SourceToSequence
-from models.vision import ImageEncoder, ImageEncoderConfig
+from models.vision import ImageEncoder, ImageEncoderConfig, xavier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,4 +31,5 @@ class Captioner(SourceToSequence):
         super().__init__(config)
         self.encoder = ImageEncoder(config.encoder, dropout=dropout)
         self.decoder = Decoder(config.decoder, d_memory=config.encoder.stack.d_model, dropout=dropout)
+        xavier(self)
         self.tie()
