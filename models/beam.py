@@ -90,6 +90,7 @@ def search(
     likelihood[:, 0] = 0.0
     told = torch.empty(rows, width, 0, dtype=torch.int64, device=memory.device)
     finished: list[list[Hypothesis]] = [[] for _ in range(rows)]
+    decided = [False] * rows  # a source that is decided takes no more, however long others go on
     for step in range(1, options.max_tokens + 1):
         logits, state = model.decode(token_ids, state)
         likelihoods = torch.log_softmax(logits[:, -1].float(), -1).unflatten(0, (rows, width)) + likelihood[..., None]
@@ -98,34 +99,35 @@ def search(
         best, index = likelihoods.flatten(1).topk(min(2 * width, width * vocab_size), dim=1)
         beam, token = index // vocab_size, index % vocab_size
         ends = token == options.end_token_id
-        _finish(finished, told, best, beam, ends, step, options)
+        _finish(finished, decided, told, best, beam, ends, step, options)
         going = ends.int().argsort(dim=1, stable=True)[:, :width]  # the best W that do not end, in their order
         likelihood = best.masked_fill(ends, -torch.inf).gather(1, going)
         beam, token = beam.gather(1, going), token.gather(1, going)
         told = torch.cat((told.gather(1, beam[..., None].expand(-1, -1, told.shape[2])), token[..., None]), 2)
-        if all(
-            _is_decided(found, float(alive), options) for found, alive in zip(finished, likelihood[:, 0], strict=True)
-        ):
+        decided = [
+            done or _is_decided(found, alive, options)
+            for done, found, alive in zip(decided, finished, likelihood[:, 0].tolist(), strict=True)
+        ]
+        if all(decided):
             break
         state = state.select((beam + torch.arange(rows, device=beam.device)[:, None] * width).flatten())
         token_ids = token.reshape(-1, 1)
     else:
-        for row in range(rows):
-            for place in range(width):
-                _add(
-                    finished[row], told[row, place].tolist(), float(likelihood[row, place]), options.max_tokens, options
-                )
+        for row in (row for row in range(rows) if not decided[row]):
+            for tokens, alive in zip(told[row].tolist(), likelihood[row].tolist(), strict=True):
+                _add(finished[row], tokens, alive, options.max_tokens, options)
     return [sorted(found, key=lambda one: -one.score)[:width] for found in finished]
 
 
 def _finish(
-    finished: list[list[Hypothesis]], told: Tensor, best: Tensor, beam: Tensor, ends: Tensor, step: int,
-    options: BeamSearch,
+    finished: list[list[Hypothesis]], decided: list[bool], told: Tensor, best: Tensor, beam: Tensor, ends: Tensor,
+    step: int, options: BeamSearch,
 ) -> None:  # fmt: skip
     """Add the candidates that end among the W best; one further down would not have stayed in the beam either."""
     for row, place in ends[:, : options.width].nonzero().tolist():
-        tokens = told[row, int(beam[row, place])].tolist()
-        _add(finished[row], tokens, float(best[row, place]), step, options)
+        if not decided[row]:
+            tokens = told[row, int(beam[row, place])].tolist()
+            _add(finished[row], tokens, float(best[row, place]), step, options)
 
 
 def _add(
@@ -137,8 +139,11 @@ def _add(
 
 
 def _is_decided(found: list[Hypothesis], alive: float, options: BeamSearch) -> bool:
-    """Say whether no beam that is alive can still come among the W best: likelihoods only fall."""
-    if len(found) < options.width:
-        return False
+    """Say whether no beam that is alive can still come among the W best: likelihoods only fall.
+
+    Greedy decoding, a width of 1, ends with its first hypothesis, whatever the length penalty could still prefer.
+    """
+    if len(found) < options.width or options.width == 1:
+        return len(found) == options.width
     worst = sorted((one.score for one in found), reverse=True)[options.width - 1]
     return alive / options.penalty(options.max_tokens) <= worst
