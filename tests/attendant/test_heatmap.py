@@ -28,6 +28,7 @@ from attendant.heatmap.glyphs import font
 from attendant.heatmap.labels import clusters, label, shortened, width
 from attendant.heatmap.words import short
 
+PROPERTY = settings(deadline=None, derandomize=True, max_examples=100)
 weight = st.floats(0.0, 1e300)
 rows_of_weights = st.lists(weight, min_size=1, max_size=12)
 
@@ -72,12 +73,14 @@ def test_a_single_choice_and_no_choice_have_no_entropy():
         assert math.copysign(1.0, entropy_nats(row)) == 1.0
 
 
+@PROPERTY
 @given(rows_of_weights)
 def test_entropy_lies_between_zero_and_the_logarithm_of_the_weights_above_zero(row):
     most = math.log(max(1, sum(value > 0 for value in row)))
     assert 0.0 <= entropy_nats(row) <= most + 1e-12
 
 
+@PROPERTY
 @given(rows_of_weights, st.randoms(use_true_random=False), st.integers(-20, 20))
 def test_entropy_is_that_of_shares_whatever_their_order_and_sum(row, random, exponent):
     scaled = [math.ldexp(value, exponent) for value in row if value == 0.0 or 1e-200 < value < 1e200]
@@ -86,6 +89,7 @@ def test_entropy_is_that_of_shares_whatever_their_order_and_sum(row, random, exp
     assert entropy_nats(scaled) == pytest.approx(entropy_nats(plain), abs=1e-12)
 
 
+@PROPERTY
 @given(st.integers(1, 40), st.floats(0, 8), st.integers(0, 2**32 - 1))
 def test_a_causal_row_never_exceeds_the_logarithm_of_what_it_sees(num_tokens, sharpness, seed):
     scores = sharpness * numpy.random.default_rng(seed).normal(size=(num_tokens, num_tokens))
@@ -197,6 +201,7 @@ def test_weights_are_written_in_few_characters():
 # Labels.
 
 
+@PROPERTY
 @given(st.text(alphabet=st.characters(exclude_categories=())))
 def test_no_label_holds_a_character_that_acts(token):
     text = label(token)
@@ -221,6 +226,7 @@ def test_labels_show_what_cannot_be_seen():
     assert {token: label(token) for token in shown} == shown
 
 
+@PROPERTY
 @given(st.text(), st.integers(3, 12))
 def test_a_shortened_label_fits(token, limit):
     text = label(token)
@@ -232,6 +238,7 @@ def test_a_shortened_label_fits(token, limit):
 # The terminal.
 
 
+@PROPERTY
 @given(maps())
 def test_terminal_lines_are_aligned_and_only_colour(head):
     text = render_terminal(sheet_of(head, title="any"), colours=True)
@@ -242,6 +249,7 @@ def test_terminal_lines_are_aligned_and_only_colour(head):
     assert len({width(row[: note.start()]) for row, note in zip(rows, notes, strict=True)}) <= 1
 
 
+@PROPERTY
 @given(maps())
 def test_without_colours_the_terminal_gets_ascii_alone(head):
     text = render_terminal(sheet_of(head, title="é"), colours=False) + entropy_table(sheet_of(head))
@@ -349,7 +357,7 @@ def test_a_png_describes_itself_and_is_the_same_each_time():
     assert render_png(layer) == render_png(layer)
 
 
-@settings(max_examples=25)
+@settings(PROPERTY, max_examples=25)
 @given(maps())
 def test_any_map_becomes_a_png(head):
     assert opened(render_png(Layer(title="any", heads=(head,)))).format == "PNG"

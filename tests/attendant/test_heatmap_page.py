@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 
 import numpy
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -123,6 +123,7 @@ def test_tokens_are_headers_of_their_rows_and_columns():
         assert len(found) == 2 * len(shown) + extra
 
 
+@settings(deadline=None, derandomize=True, max_examples=100)
 @given(st.lists(st.text(alphabet=st.characters(exclude_categories=()), max_size=12), min_size=1, max_size=4), st.text())
 def test_no_token_acts_whatever_it_holds(tokens, title):
     head = AttentionMap.of(numpy.eye(len(tokens)), rows=tokens, columns=tokens, title=title)
@@ -219,7 +220,7 @@ def test_a_request_would_have_been_seen(browse):
     assert browse(text, "--dump-dom")[1] == []  # the policy alone prevents it
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_a_browser_draws_cells_in_the_colours_of_their_weights(browse, tmp_path, scheme):
     """Three of nine cells each of two weights, and three that are masked: 28 pixels a side."""
     weights = ((0.3, 0.7, 0.0), (0.7, 0.3, 0.0), (0.3, 0.7, 0.0))
