@@ -10,32 +10,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from attendant.bundle import MANIFEST_NAME, Limits, Manifest, ModelName, SamplingDefaults
+from attendant.bundle import MANIFEST_NAME, Manifest, ModelName, SamplingDefaults
 from export import manifest as describe
-from export.calibration import measure_sizes
-from export.certificate import NUM_ROWS, certify
+from export.decoder import export_decoder
+from export.encoder import export_encoder
 from export.errors import ExportRefused
-from export.golden import record_golden
-from export.graph import StepGraph
-from export.linear import FLOAT_KERNELS, INTEGER_KERNELS
-from export.onnx_export import write_onnx
-from export.rewrite import prepare_for_rounding
-from export.runner import Runner
-from export.text import CALIBRATION, QUALITY, tokens_of
-from export.weights import decoder_weights
+from export.parts import Parts, Report
+from export.text import QUALITY, tokens_of
 from models.checkpoint import TrainedModel
 from models.decoder import Decoder
-from models.decoder_config import DecoderConfig
+from models.encoder import Encoder
 
 __all__ = ["PRECISIONS", "ExportRefused", "Target", "export_bundle"]
 
 PRECISIONS = ("fp32", "int8")
 _MIN_MODEL_LEN = 16  # what the golden run and the checks need
-_CACHE_TOKENS = 576  # of a row while checking: a window of the quality text fits
 
-Report = Callable[[str], None]
+Export = Callable[[Path, TrainedModel, str, int, NDArray[np.int64], Report], Parts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,37 +86,36 @@ def export_bundle(
     Raises:
         ExportRefused: the model cannot be exported, the target exists, or a check failed.
     """
-    if not isinstance(model.module, Decoder):
-        raise ExportRefused(f"the checkpoint holds a {type(model.module).__name__}: export knows decoders only")
-    config = model.module.config
-    length = config.max_model_len if max_model_len is None else max_model_len
-    _refuse_unfit(config, precision, length)
+    limit, export = _architecture(model)
+    length = limit if max_model_len is None else max_model_len
+    if precision not in PRECISIONS:
+        raise ExportRefused(f"precision is {precision!r}: export knows {' and '.join(PRECISIONS)}")
+    if not _MIN_MODEL_LEN <= length <= limit:
+        raise ExportRefused(f"max_model_len is {length}: it must lie in {_MIN_MODEL_LEN} to {limit} tokens")
     if target.directory.exists() and not force:
         raise ExportRefused(f"{target.directory} exists; choose another version, or --force to replace it")
     target.directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.version}-", dir=target.directory.parent))
     try:
         text = tokens_of(QUALITY, model.tokenizer.json)
-        _write_graph(scratch, model, precision, length, report)
-        runner = Runner(scratch / describe.GRAPH_FILE, num_rows=NUM_ROWS, capacity=min(length, _CACHE_TOKENS))
-        report("checking the graph against the decoder")
-        certificate = certify(precision, scratch / describe.GRAPH_FILE, runner, model.module, text, report)
-        golden = record_golden(runner, text, precision, scratch)
+        parts = export(scratch, model, precision, length, text, report)
+        (scratch / describe.TOKENIZER_FILE).write_text(model.tokenizer.json, "utf-8")
         manifest = Manifest(
             name=target.name,
             version=target.version,
-            family="decoder",
-            tasks=("generate",),
+            family=parts.family,
+            tasks=parts.tasks,
             precision=precision,
             target="cpu",
-            limits=Limits(max_model_len=length),
+            limits=parts.limits,
             vocabulary=describe.vocabulary(model),
             sampling_defaults=sampling_defaults or SamplingDefaults(),
-            graphs=(describe.step_graph(config),),
-            states=describe.states(config),
+            embedding=parts.embedding,
+            graphs=parts.graphs,
+            states=parts.states,
             files=tuple(describe.files(scratch)),
-            golden=golden,
-            certificate=certificate,
+            golden=parts.golden,
+            certificate=parts.certificate,
             provenance=describe.provenance(model),
             producer=describe.producer(),
         )
@@ -133,36 +127,14 @@ def export_bundle(
     return manifest
 
 
-def _refuse_unfit(config: DecoderConfig, precision: str, max_model_len: int) -> None:
-    if precision not in PRECISIONS:
-        raise ExportRefused(f"precision is {precision!r}: export knows {' and '.join(PRECISIONS)}")
-    known = {"attention": "softmax", "window": None, "qk_norm": False, "softcap": None, "norm_first": True}
-    for field, value in (known | {"scale_embeddings": False}).items():
-        if getattr(config, field) != value:
-            raise ExportRefused(f"{field} is {getattr(config, field)!r}: export knows decoders with {value!r} only")
-    if config.positions in ("alibi", "none"):
-        raise ExportRefused(f"positions is {config.positions!r}: export knows rotary, learned and sinusoidal")
-    multiple = 16 if config.positions == "rotary" else 8
-    if config.head_dim % multiple:
-        raise ExportRefused(
-            f"head_dim is {config.head_dim}: with {config.positions} positions it must be a multiple of {multiple}"
-        )
-    if not _MIN_MODEL_LEN <= max_model_len <= config.max_model_len:
-        raise ExportRefused(
-            f"max_model_len is {max_model_len}: it must lie in {_MIN_MODEL_LEN} to {config.max_model_len} tokens"
-        )
-
-
-def _write_graph(directory: Path, model: TrainedModel, precision: str, max_model_len: int, report: Report) -> None:
-    """Write the graph and the tokenizer."""
-    weights, kernels = decoder_weights(model.module), FLOAT_KERNELS
-    if precision == "int8":
-        report("measuring activations and rotating weights")
-        sizes = measure_sizes(model.module, tokens_of(CALIBRATION, model.tokenizer.json))
-        weights, kernels = prepare_for_rounding(weights, sizes), INTEGER_KERNELS
-    report(f"tracing and writing the {precision} graph")
-    write_onnx(StepGraph(weights, kernels, max_model_len), directory / describe.GRAPH_FILE)
-    (directory / describe.TOKENIZER_FILE).write_text(model.tokenizer.json, "utf-8")
+def _architecture(model: TrainedModel) -> tuple[int, Export]:
+    """Return the longest sequence of a model, in tokens, and what exports it."""
+    module = model.module
+    if isinstance(module, Decoder):
+        return module.config.max_model_len, export_decoder
+    if isinstance(module, Encoder):
+        return module.config.max_source_len, export_encoder
+    raise ExportRefused(f"the checkpoint holds a {type(module).__name__}: export knows decoders and encoders")
 
 
 def _move_into_place(scratch: Path, directory: Path) -> None:

@@ -110,7 +110,8 @@ def _run(
     model: onnx.ModelProto, graph: Path, products: list[_Product], text: NDArray[np.int64]
 ) -> dict[str, NDArray[np.generic]]:
     """Run a prefill of `text` and return the tensors around the products, by name."""
-    names = sorted({name for product in products for name in product.computed} - {"logits"})
+    own = [output.name for output in model.graph.output]
+    names = sorted({name for product in products for name in product.computed} - set(own))
     codes = {product.codes for product in products}
     for name in names:
         dtype = onnx.TensorProto.UINT8 if name in codes else onnx.TensorProto.FLOAT
@@ -120,7 +121,7 @@ def _run(
         onnx.save(model, opened)
         session = ort.InferenceSession(opened, providers=["CPUExecutionProvider"])
         feed = dict(_prefill(session, text))
-        names.append("logits")
+        names += own
         return dict(zip(names, session.run(names, feed), strict=True))
     finally:
         opened.unlink(missing_ok=True)
@@ -128,10 +129,14 @@ def _run(
 
 def _prefill(session: ort.InferenceSession, text: NDArray[np.int64]) -> Iterator[tuple[str, NDArray[np.generic]]]:
     length = len(text)
-    yield "token_ids", text[None]
-    yield "lengths", np.array([length], np.int32)
-    yield "total_length", np.array(length, np.int32)
-    yield "logits_index", np.arange(length)
+    known = {
+        "token_ids": text[None],
+        "lengths": np.array([length], np.int32),
+        "total_length": np.array(length, np.int32),
+        "logits_index": np.arange(length),
+    }
     for tensor in session.get_inputs():
-        if tensor.name.startswith("past."):
+        if tensor.name in known:
+            yield tensor.name, known[tensor.name]
+        else:  # a state
             yield tensor.name, np.zeros((1, tensor.shape[1], length, tensor.shape[3]), np.float32)

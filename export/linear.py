@@ -163,6 +163,14 @@ INTEGER_KERNELS = Kernels(
     hidden=MixedLinear,
     logits=RowScaledLinear,
 )
+# Where no weights are rewritten: every input is mixed, since the norms' gains make lone large values in any of them.
+MIXED_KERNELS = Kernels(
+    embedding=FloatEmbedding,
+    normalised=MixedLinear,
+    context=MixedLinear,
+    hidden=MixedLinear,
+    logits=MixedLinear,
+)
 
 
 class _Float(nn.Module):

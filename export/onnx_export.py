@@ -1,12 +1,14 @@
-"""Writing a step graph as ONNX, with the tensor names of docs/bundle.md."""
+"""Writing graphs as ONNX, with the tensor names of docs/bundle.md."""
 
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from export.encode_graph import EncodeGraph
 from export.graph import StepGraph
 from export.operators import OPSET
 
@@ -38,6 +40,34 @@ def write_onnx(graph: StepGraph, path: Path) -> None:
         {0: axes["logit_rows"]},
         [(state, state) for _ in range(config.num_layers)],
     )
+    _write(
+        graph,
+        path,
+        example,
+        shapes,
+        inputs=["token_ids", "lengths", "total_length", "logits_index", *state_names("past", config.num_layers)],
+        outputs=["logits", *state_names("present", config.num_layers)],
+    )
+
+
+def write_encode_graph(graph: EncodeGraph, path: Path) -> None:
+    """Write `graph` to `path`, and its weights beside it to `path` + ".data"."""
+    rows, tokens = (torch.export.Dim(name, min=1) for name in ("rows", "tokens"))
+    example = (
+        torch.zeros(_EXAMPLE_ROWS, _EXAMPLE_TOKENS, dtype=torch.int64),
+        torch.full((_EXAMPLE_ROWS,), _EXAMPLE_TOKENS, dtype=torch.int32),
+    )
+    _write(graph, path, example, ({0: rows, 1: tokens}, {0: rows}), inputs=["token_ids", "lengths"], outputs=["hidden"])
+
+
+def _write(
+    graph: nn.Module,
+    path: Path,
+    example: tuple[Any, ...],
+    shapes: tuple[Any, ...],
+    inputs: list[str],
+    outputs: list[str],
+) -> None:
     # The exporter tells of every operator of torchvision that it leaves out; there is none in our graphs.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -50,11 +80,8 @@ def write_onnx(graph: StepGraph, path: Path) -> None:
             dynamo=True,
             opset_version=OPSET,
             dynamic_shapes=shapes,
-            input_names=[
-                *("token_ids", "lengths", "total_length", "logits_index"),
-                *state_names("past", config.num_layers),
-            ],
-            output_names=["logits", *state_names("present", config.num_layers)],
+            input_names=inputs,
+            output_names=outputs,
             verbose=False,
         )
     program.save(path, external_data=True)

@@ -58,6 +58,29 @@ def group_query_attention(
     return context, key, value
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, num_heads: int) -> Tensor:
+    """Attend without a past: the standard operator of opset 23.
+
+    Args:
+        query: [B, S, N * D], heads side by side.
+        key: the same.
+        value: the same.
+        mask: boolean [B, 1, S, S], true = attend.
+        num_heads: N.
+
+    Returns:
+        Context [B, S, N * D].
+    """
+    return symbolic(
+        "Attention",
+        (query, key, value, mask),
+        {"q_num_heads": num_heads, "kv_num_heads": num_heads},
+        dtype=query.dtype,
+        shape=query.shape,
+        version=OPSET,
+    )
+
+
 def norm(hidden: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Normalise the rows of [T, E]: an RMS norm without `bias`, a layer norm with it. All weights are [E]."""
     simplified = bias is None

@@ -3,6 +3,7 @@
     AttendantError            has a stable `reason`, a message for people and `metadata` for machines
     |- InvalidField           a field of the request is out of range, contradictory or malformed
     |- ContextLengthExceeded  prompt and answer together cannot fit
+    |- TextTooLong            a text to be read has more tokens than the model takes
     |- Unsupported            declared in the API, but not by this build or this bundle
     |- ModelNotFound          no bundle of that name or version
     |- ModelUnavailable       the bundle was refused, is loading or has failed
@@ -52,6 +53,18 @@ class ContextLengthExceeded(AttendantError):
             f"prompt of {prompt_tokens} tokens + sampling.max_tokens {max_tokens} "
             f"exceed {limit_name} of {limit} tokens",
             {"prompt_tokens": str(prompt_tokens), "max_tokens": str(max_tokens), limit_name: str(limit)},
+        )
+
+
+class TextTooLong(AttendantError):
+    """A text has more tokens than the model reads."""
+
+    reason = "CONTEXT_LENGTH_EXCEEDED"
+
+    def __init__(self, *, field: str, tokens: int, limit: int) -> None:
+        super().__init__(
+            f"{field} has {tokens} tokens, more than max_model_len of {limit}; shorten it, or set truncate",
+            {"field": field, "tokens": str(tokens), "max_model_len": str(limit)},
         )
 
 

@@ -94,6 +94,9 @@ class Settings(BaseSettings):
     idle_chunk_tokens: int = Field(
         512, ge=4, le=1 << 20, description="longest prefill step, in tokens, while nothing decodes"
     )
+    max_batch_tokens: int = Field(
+        1024, ge=1, le=1 << 20, description="most tokens, padding included, that an encoder reads at once"
+    )
     max_prompt_bytes: ByteSize = Field(
         ByteSize(256 << 10), ge=1, description="bytes of text in one prompt or conversation, before tokenising"
     )

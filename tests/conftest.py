@@ -71,6 +71,69 @@ def tiny_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_encoder():
+    """One random encoder of the BERT family, with a WordPiece tokenizer, as a `TrainedModel`."""
+    import torch
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+    from export.text import QUALITY
+    from models.checkpoint import EmbeddingInfo, TokenizerInfo, TrainedModel
+    from models.encoder import Encoder, EncoderConfig, StackConfig
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.train(
+        [str(QUALITY)], trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    )
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    torch.manual_seed(1)
+    stack = StackConfig(
+        d_model=48, num_layers=2, num_heads=3, d_ff=96, norm_eps=1e-12, norm_first=False, activation="gelu"
+    )
+    encoder = Encoder(
+        EncoderConfig(
+            vocab_size=tokenizer.get_vocab_size(),
+            max_source_len=TINY_LENGTH,
+            positions="learned",
+            num_segments=2,
+            embedding_norm=True,
+            stack=stack,
+        )
+    ).eval()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return TrainedModel(
+        module=encoder,
+        tokenizer=TokenizerInfo(
+            json=tokenizer.to_str(),
+            bos_token_id=None,
+            eos_token_ids=(),
+            pad_token_id=0,
+            add_bos=False,
+            chat_template=None,
+        ),
+        embedding=EmbeddingInfo(pooling="mean", normalize=True),
+        source="random weights",
+        licence="Apache-2.0",
+    )
+
+
+@pytest.fixture(scope="session")
+def encoder_repository(tiny_encoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with the bundles encoder-fp32/1 and encoder-int8/1."""
+    from export.bundle import Target, export_bundle
+
+    repository = tmp_path_factory.mktemp("encoders")
+    for precision in ("fp32", "int8"):
+        target = Target(repository=repository, name=f"encoder-{precision}", version=1)
+        export_bundle(tiny_encoder, target, precision=precision, report=lambda line: None)
+    return repository
+
+
+@pytest.fixture(scope="session")
 def smollm2_repository() -> Path:
     """The repository that `make bundles` writes."""
     repository = Path(__file__).parents[1] / "build" / "bundles"

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from attendant._types import (
         Check,
         Delta,
+        Embedding,
+        Embeddings,
         Event,
         Finished,
         Generation,
@@ -48,6 +50,8 @@ __all__ = [
     "Client",
     "DeadlineExceeded",
     "Delta",
+    "Embedding",
+    "Embeddings",
     "Event",
     "FieldViolation",
     "Finished",

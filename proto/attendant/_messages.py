@@ -10,6 +10,8 @@ from attendant._errors import ServerError
 from attendant._types import (
     Check,
     Delta,
+    Embedding,
+    Embeddings,
     Event,
     Finished,
     FinishReason,
@@ -17,6 +19,7 @@ from attendant._types import (
     Message,
     Model,
     ModelState,
+    Pooling,
     Started,
     Timings,
     TokenLogprob,
@@ -25,6 +28,7 @@ from attendant._types import (
     Turn,
     Usage,
 )
+from attendant.v1 import embedding_pb2 as embedding_pb
 from attendant.v1 import generation_pb2 as pb
 from attendant.v1 import inference_service_pb2 as inference_pb
 from attendant.v1 import model_service_pb2 as model_pb
@@ -118,6 +122,47 @@ def chat_messages(messages: Iterable[Turn]) -> pb.ChatMessages:
             case _:
                 raise TypeError(f"messages[{i}] is {turn!r}: a Message, (role, content) or a mapping of just these")
     return result
+
+
+def embed_request(
+    model: str,
+    inputs: str | Iterable[str | Sequence[int]],
+    *,
+    pooling: Pooling | None,
+    normalize: bool | None,
+    dimensions: int | None,
+    truncate: bool,
+) -> embedding_pb.EmbedRequest:
+    """Return the request; a single text stands for a list of one.
+
+    Raises:
+        TypeError: an input is neither text nor token ids.
+        ValueError: pooling is none of the four, or a value does not fit its field.
+    """
+    request = embedding_pb.EmbedRequest(model=model, normalize=normalize, dimensions=dimensions, truncate=truncate)
+    if pooling is not None:
+        _set(request, "pooling", f"POOLING_{pooling.upper()}", "pooling")
+    for index, item in enumerate([inputs] if isinstance(inputs, str) else inputs):
+        wire = request.inputs.add()
+        if isinstance(item, str):
+            _set(wire, "text", item, f"inputs[{index}]")
+        else:
+            wire.token_ids.SetInParent()
+            _set(wire.token_ids, "ids", item, f"inputs[{index}]")
+    return request
+
+
+def embeddings(response: embedding_pb.EmbedResponse) -> Embeddings:
+    """Return the answer to an EmbedRequest."""
+    return Embeddings(
+        embeddings=tuple(
+            Embedding(values=tuple(each.values), tokens=each.tokens, truncated=each.truncated)
+            for each in response.embeddings
+        ),
+        model=response.model,
+        usage=_usage(response.usage),
+        timings=_timings(response.timings),
+    )
 
 
 def tokenize_request(
@@ -219,21 +264,28 @@ def _logprob(logprob: pb.TokenLogprob) -> TokenLogprob:
 
 
 def _finished(finished: pb.Finished) -> Finished:
-    usage, timings = finished.usage, finished.timings
     return Finished(
         finish_reason=cast(FinishReason, _enum_name(pb.FinishReason.Name, finished.finish_reason, "FINISH_REASON_")),
-        usage=Usage(
-            prompt_tokens=usage.prompt_tokens,
-            cached_tokens=usage.cached_tokens,
-            output_tokens=usage.output_tokens,
-        ),
-        timings=Timings(
-            queue_seconds=_seconds(timings.queue),
-            tokenise_seconds=_seconds(timings.tokenise),
-            prefill_seconds=_seconds(timings.prefill),
-            decode_seconds=_seconds(timings.decode),
-            total_seconds=_seconds(timings.total),
-        ),
+        usage=_usage(finished.usage),
+        timings=_timings(finished.timings),
+    )
+
+
+def _usage(usage: pb.Usage) -> Usage:
+    return Usage(
+        prompt_tokens=usage.prompt_tokens,
+        cached_tokens=usage.cached_tokens,
+        output_tokens=usage.output_tokens,
+    )
+
+
+def _timings(timings: pb.Timings) -> Timings:
+    return Timings(
+        queue_seconds=_seconds(timings.queue),
+        tokenise_seconds=_seconds(timings.tokenise),
+        prefill_seconds=_seconds(timings.prefill),
+        decode_seconds=_seconds(timings.decode),
+        total_seconds=_seconds(timings.total),
     )
 
 

@@ -31,7 +31,9 @@ _SWITCHES: Final[dict[str, str]] = {
 }
 
 
-def parser(*, generate: Run, chat: Run, models: Run, tokenize: Run, latency: Run) -> argparse.ArgumentParser:
+def parser(
+    *, generate: Run, chat: Run, embed: Run, models: Run, tokenize: Run, latency: Run
+) -> argparse.ArgumentParser:
     """Return the parser; each command's namespace carries the function that runs it as `run`."""
     root = argparse.ArgumentParser(
         prog="attendant",
@@ -49,6 +51,13 @@ def parser(*, generate: Run, chat: Run, models: Run, tokenize: Run, latency: Run
     command.add_argument("message", nargs="?", help="one message; without it, a conversation until Ctrl-D")
     command.add_argument("--system", metavar="TEXT", help="what the system says first")
     _add_generation(command)
+
+    command = _command(commands, "embed", embed, "turn texts into vectors, one JSON array a line")
+    command.add_argument("texts", nargs="*", help="the texts; the lines of standard input if there are none")
+    _add_model(command)
+    command.add_argument("--pooling", choices=("mean", "cls", "max", "last"), help="default: the model's")
+    command.add_argument("--dimensions", type=int, metavar="N", help="keep so many leading components")
+    command.add_argument("--truncate", action="store_true", help="cut texts that are too long, instead of failing")
 
     command = _command(commands, "models", models, "list the models of the server")
     command.add_argument("--json", action="store_true", help="one JSON object a line")

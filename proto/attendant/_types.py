@@ -1,6 +1,6 @@
 """What the client hands out: small frozen values, no protobuf messages."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -122,6 +122,40 @@ class Check:
     measured: float
     bound: float
     grid: str
+
+
+Pooling: TypeAlias = Literal["mean", "cls", "max", "last"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embedding:
+    """The vector of one text, of how many tokens it was made, and whether the text was cut to them."""
+
+    values: tuple[float, ...]
+    tokens: int
+    truncated: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embeddings:
+    """The vectors of several texts, in their order."""
+
+    embeddings: tuple[Embedding, ...]
+    model: str
+    usage: Usage
+    timings: Timings
+
+    def __iter__(self) -> Iterator[tuple[float, ...]]:
+        """Yield the vectors."""
+        return (embedding.values for embedding in self.embeddings)
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self.embeddings)
+
+    def __getitem__(self, index: int) -> tuple[float, ...]:
+        """Return one vector."""
+        return self.embeddings[index].values
 
 
 ModelState: TypeAlias = Literal["loading", "ready", "unavailable", "unspecified"]

@@ -17,7 +17,7 @@ import grpc
 from attendant import _messages
 from attendant._errors import Cancelled, from_rpc_error
 from attendant._messages import GenerateOptions
-from attendant._types import Delta, Event, Finished, Generation, Model, Started, Tokens, Turn
+from attendant._types import Delta, Embeddings, Event, Finished, Generation, Model, Pooling, Started, Tokens, Turn
 from attendant.client import CHANNEL_OPTIONS, PAGE_SIZE
 from attendant.v1 import model_service_pb2
 from attendant.v1.inference_service_pb2_grpc import InferenceServiceStub
@@ -152,6 +152,33 @@ class AsyncClient:
     ) -> AsyncGenerateStream:
         """Answer a conversation."""
         return self.generate(model=model, messages=messages, timeout=timeout, **options)
+
+    async def embed(
+        self,
+        inputs: str | Iterable[str | Sequence[int]],
+        *,
+        model: str,
+        pooling: Pooling | None = None,
+        normalize: bool | None = None,
+        dimensions: int | None = None,
+        truncate: bool = False,
+        timeout: float | None = None,
+    ) -> Embeddings:
+        """Turn texts, or token ids, into vectors; what is None is left to the model.
+
+        Args:
+            inputs: one text, or up to 256 texts or sequences of token ids.
+            model: "name" (its newest version) or "name/version".
+            pooling: how the vectors of a text's tokens become one: "mean", "cls", "max" or "last".
+            normalize: scale every vector to unit length.
+            dimensions: keep so many leading components.
+            truncate: cut texts that are longer than the model takes, instead of failing.
+            timeout: in seconds.
+        """
+        request = _messages.embed_request(
+            model, inputs, pooling=pooling, normalize=normalize, dimensions=dimensions, truncate=truncate
+        )
+        return _messages.embeddings(await _unary(self._inference.Embed, request, timeout))
 
     async def tokenize(
         self,

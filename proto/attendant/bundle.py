@@ -242,13 +242,14 @@ class Golden(_Frozen):
     """The recorded run that the service replays before it serves; see docs/bundle.md for the arrays in `file`.
 
     `bitwise_on` lists the processor features (attendant.processor) of the machine that recorded it: integer
-    graphs are compared bit for bit there, and by mean log-likelihood elsewhere, within `bound` either way for
-    fp32.
+    graphs are compared bit for bit there, and elsewhere by the mean log-likelihood of a text, if they generate, or by 1
+    - the mean cosine of vectors, if they embed; within `bound` either way for fp32.
     """
 
     file: FileName
     bound: float = Field(gt=0)
-    log_likelihood_bound: float = Field(gt=0)
+    log_likelihood_bound: float | None = Field(default=None, gt=0)
+    cosine_bound: float | None = Field(default=None, gt=0)
     bitwise: bool
     bitwise_on: tuple[str, ...]
 
@@ -265,6 +266,14 @@ class Vocabulary(_Frozen):
     """Whether a plain prompt starts with `bos_token_id`."""
     chat_template: str | None = None
     """A Jinja template over `messages`, `bos_token`, `eos_token` and `add_generation_prompt`."""
+
+
+class Embedding(_Frozen):
+    """How one vector of `width` components is made of a text's tokens, where a request is silent."""
+
+    pooling: Literal["mean", "cls", "max", "last"]
+    normalize: bool
+    width: int = Field(ge=1)
 
 
 class SamplingDefaults(_Frozen):
@@ -314,6 +323,7 @@ class Manifest(_Frozen):
     limits: Limits
     vocabulary: Vocabulary | None = None
     sampling_defaults: SamplingDefaults = SamplingDefaults()
+    embedding: Embedding | None = None
     graphs: tuple[GraphSpec, ...] = Field(min_length=1)
     states: tuple[StateSpec, ...] = ()
     files: tuple[FileRef, ...]
@@ -337,6 +347,12 @@ class Manifest(_Frozen):
             raise ValueError(f"one graph of each kind at most, not {kinds}")
         if "generate" in self.tasks and (GraphKind.STEP not in kinds or self.vocabulary is None):
             raise ValueError("a generating bundle needs a step graph and a vocabulary")
+        if "generate" in self.tasks and self.golden.log_likelihood_bound is None:
+            raise ValueError("the golden run of a generating bundle needs a log_likelihood_bound")
+        if "embed" in self.tasks and (
+            GraphKind.ENCODE not in kinds or self.vocabulary is None or self.embedding is None
+        ):
+            raise ValueError("an embedding bundle needs an encode graph, a vocabulary and `embedding`")
         self._states_are_wired()
         return self
 

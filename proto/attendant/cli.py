@@ -1,4 +1,4 @@
-"""The command `attendant`: generate, chat, models, tokenize, latency.
+"""The command `attendant`: generate, chat, embed, models, tokenize, latency.
 
 Text appears as it is generated. Ctrl-C cancels the request on the server; in a conversation it only ends the
 answer.
@@ -22,6 +22,7 @@ from attendant._terminal import duration, table, visible
 from attendant._types import Delta, Finished, Message, Started
 from attendant.client import Client, GenerateStream
 
+MAX_INPUTS = 256  # texts of one call
 FAILED, MISUSED, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 
 
@@ -31,9 +32,9 @@ class UsageError(Exception):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    args = _options.parser(generate=generate, chat=chat, models=models, tokenize=tokenize, latency=latency).parse_args(
-        arguments
-    )
+    args = _options.parser(
+        generate=generate, chat=chat, embed=embed, models=models, tokenize=tokenize, latency=latency
+    ).parse_args(arguments)
     try:
         status: int = args.run(args)
         sys.stdout.flush()
@@ -54,7 +55,7 @@ def generate(args: argparse.Namespace) -> int:
     """Continue a prompt."""
     prompt = _text(args.prompt, "a prompt")
     with Client(args.server) as client:
-        model = _model(client, args)
+        model = _model(client, args, task="generate")
         options = _options.generate_options(args)
         _print_answer(client.generate(prompt, model=model, timeout=args.timeout, **options), args)
     return 0
@@ -64,7 +65,7 @@ def chat(args: argparse.Namespace) -> int:
     """Answer one message, or hold a conversation."""
     turns = [Message("system", args.system)] if args.system is not None else []
     with Client(args.server) as client:
-        model = _model(client, args)
+        model = _model(client, args, task="generate")
         if args.message is not None or not sys.stdin.isatty():
             turns.append(Message("user", _text(args.message, "a message")))
             options = _options.generate_options(args)
@@ -100,6 +101,25 @@ def _converse(client: Client, model: str, turns: list[Message], args: argparse.N
             _complain(_explain(error, args), FAILED)
         if stream.text:  # what was said so far belongs to the conversation, even if it was broken off
             turns += [question, Message("assistant", stream.text)]
+
+
+def embed(args: argparse.Namespace) -> int:
+    """Print one vector for each text."""
+    texts = args.texts or _text(None, "texts").splitlines()
+    with Client(args.server) as client:
+        model = _model(client, args, task="embed")
+        for start in range(0, len(texts), MAX_INPUTS):
+            vectors = client.embed(
+                texts[start : start + MAX_INPUTS],
+                model=model,
+                pooling=args.pooling,
+                dimensions=args.dimensions,
+                truncate=args.truncate,
+                timeout=args.timeout,
+            )
+            for vector in vectors:
+                print(json.dumps([float(f"{value:.7g}") for value in vector]))
+    return 0
 
 
 def models(args: argparse.Namespace) -> int:
@@ -194,15 +214,17 @@ def _text(given: str | None, what: str) -> str:
         raise UsageError(f"standard input is not UTF-8: {error}") from None
 
 
-def _model(client: Client, args: argparse.Namespace) -> str:
-    """Return the model that was asked for, or the only one there is."""
+def _model(client: Client, args: argparse.Namespace, *, task: str | None = None) -> str:
+    """Return the model that was asked for, or the only one there is for a task (None: of all)."""
     if args.model:
         return str(args.model)
-    names = sorted({model.name for model in client.models(timeout=args.timeout) if model.state == "ready"})
+    ready = [model for model in client.models(timeout=args.timeout) if model.state == "ready"]
+    names = sorted({model.name for model in ready if task is None or task in model.tasks})
     if len(names) == 1:
         return names[0]
     if not names:
-        raise UsageError("the server has no model ready; `attendant models` says why")
+        what = f" that can {task}" if task else ""
+        raise UsageError(f"the server has no model ready{what}; `attendant models` says why")
     raise UsageError(f"choose a model with --model: {', '.join(names)}")
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from service.app.start_error import StartError
 from service.bundle import BundleRefused, FoundBundle, RefusedBundle
+from service.encode_loop import EncodeLoop, EncodeOptions
 from service.engine_loop import EngineLoop, EngineOptions
 from service.metrics import ModelMetrics
 from service.rpc.catalog import Entry, ServedModel, State
@@ -37,7 +38,13 @@ def entry_of(
     return Entry(name=name, version=version, state=state, reason=reason, found=found, served=served)
 
 
-def load(bundle: FoundBundle, provider: str, options: EngineOptions, metrics: ModelMetrics) -> ServedModel:
+def load(
+    bundle: FoundBundle,
+    provider: str,
+    options: EngineOptions,
+    encode_options: EncodeOptions,
+    metrics: ModelMetrics,
+) -> ServedModel:
     """Verify and load one bundle; blocks for seconds.
 
     Raises:
@@ -49,11 +56,17 @@ def load(bundle: FoundBundle, provider: str, options: EngineOptions, metrics: Mo
     if manifest.target != provider:
         raise BundleRefused(f"it was made for {manifest.target}, this server runs on {provider}")
     if manifest.vocabulary is None:
-        raise BundleRefused("it has no vocabulary: this build serves text generation")
-    engine = EngineLoop.load(bundle, options, metrics)
+        raise BundleRefused("it has no vocabulary: this build serves text only")
+    loop: EngineLoop | EncodeLoop
+    if "generate" in manifest.tasks:
+        loop = EngineLoop.load(bundle, options, metrics)
+    elif "embed" in manifest.tasks:
+        loop = EncodeLoop.load(bundle, encode_options, metrics)
+    else:
+        raise BundleRefused(f"its tasks are {', '.join(manifest.tasks)}: this build serves generate and embed")
     codec = TextCodec(bundle.directory, manifest.vocabulary)
     seconds = time.perf_counter() - started
-    return ServedModel(found=bundle, engine=engine, codec=codec, metrics=metrics, load_seconds=seconds)
+    return ServedModel(found=bundle, loop=loop, codec=codec, metrics=metrics, load_seconds=seconds)
 
 
 def _name_and_version(bundle: FoundBundle | RefusedBundle) -> tuple[str, int]:

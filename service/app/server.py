@@ -25,8 +25,9 @@ from service.app.listening import build_server, open_grpc_port, open_metrics_por
 from service.app.loading import choose, entry_of, load
 from service.app.start_error import StartError
 from service.bundle import BundleRefused, FoundBundle, RefusedBundle, scan
+from service.encode_loop import EncodeOptions
 from service.engine_loop import EngineOptions
-from service.metrics import MetricsEndpoint, ServerMetrics
+from service.metrics import MetricsEndpoint, ServerMetrics, Task
 from service.rpc.catalog import ModelCatalog, State
 from service.rpc.health import HealthService
 from service.rpc.inference import InferenceService
@@ -34,6 +35,7 @@ from service.rpc.models import ModelService
 from service.rpc.readiness import INFERENCE_SERVICE, MODEL_SERVICE, health_of
 from service.rpc.registration import handlers
 from service.rpc.workers import TextWorkers
+from service.scheduling.batching import BatchLimits
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -141,27 +143,33 @@ class App:
         options = EngineOptions(
             num_slots=settings.max_num_seqs,
             max_waiting_requests=settings.max_waiting_requests,
-            kv_memory=settings.kv_memory // max(1, len(to_load)),
+            kv_memory=settings.kv_memory // max(1, sum("generate" in found.manifest.tasks for found in to_load)),
             prefill_chunk_tokens=settings.prefill_chunk_tokens,
             idle_chunk_tokens=settings.idle_chunk_tokens,
+            threads=settings.threads,
+        )
+        encode_options = EncodeOptions(
+            max_waiting_requests=settings.max_waiting_requests,
+            limits=BatchLimits(max_tokens=settings.max_batch_tokens),
             threads=settings.threads,
         )
         for bundle in bundles:
             if isinstance(bundle, RefusedBundle):
                 self._refuse(bundle, bundle.reason)
         for bundle in to_load:
-            await self._load_one(bundle, options)
+            await self._load_one(bundle, options, encode_options)
         # What is loaded stays: without this, a full collection walks all of it and every stream waits.
         gc.collect()
         gc.freeze()
         self._is_loading = False
         self._refresh()
 
-    async def _load_one(self, bundle: FoundBundle, options: EngineOptions) -> None:
+    async def _load_one(self, bundle: FoundBundle, options: EngineOptions, encode_options: EncodeOptions) -> None:
         manifest = bundle.manifest
-        metrics = self.metrics.model(manifest.key, manifest.limits.max_model_len)
+        task: Task = "generate" if "generate" in manifest.tasks else "embed"
+        metrics = self.metrics.model(manifest.key, manifest.limits.max_model_len, task)
         try:
-            served = await asyncio.to_thread(load, bundle, self._settings.provider, options, metrics)
+            served = await asyncio.to_thread(load, bundle, self._settings.provider, options, encode_options, metrics)
         except (BundleRefused, BundleError, ValueError) as error:
             self._refuse(bundle, str(error))
             return
@@ -169,7 +177,7 @@ class App:
             logger.exception("loading %s failed", manifest.key)
             self._refuse(bundle, "loading it failed unexpectedly; the server's log says more")
             return
-        served.engine.start()
+        served.loop.start()
         self.catalog.put(entry_of(bundle, State.READY, served=served))
         metrics.loaded(
             served.load_seconds,
@@ -199,7 +207,7 @@ class App:
         """Work out every health status anew."""
         self._health.update(health_of(self.catalog, loading=self._is_loading, draining=self._is_draining))
         for model in self.catalog.served:
-            model.metrics.serving(model.engine.healthy)
+            model.metrics.serving(model.loop.healthy)
 
     def _is_alive(self) -> bool:
         """Whether neither the event loop nor an engine is stuck; asked from another thread."""
@@ -224,7 +232,7 @@ class App:
         self._health.close()
         deadline = time.monotonic() + settings.drain_seconds
         stopping = asyncio.create_task(self._server.stop(settings.drain_seconds + _LAST_WORDS_SECONDS))
-        engines = [model.engine for model in self.catalog.served]
+        engines = [model.loop for model in self.catalog.served]
         draining = asyncio.gather(*(engine.drain(settings.drain_seconds) for engine in engines))
         await _first_of(draining, hurry)
         for engine in engines:

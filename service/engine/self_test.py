@@ -31,7 +31,7 @@ def check_bundle(found: FoundBundle, graph: StepGraph) -> tuple[Check, ...]:
         BundleRefused: a check failed; the message says which and by how much.
     """
     golden = found.manifest.golden
-    arrays = _read(found, golden)
+    arrays = read_golden(found, golden)
     checks = [*_replay(golden, arrays, graph), *_invariance(arrays, graph)]
     for slot in range(graph.num_slots):
         graph.release(slot)
@@ -41,7 +41,12 @@ def check_bundle(found: FoundBundle, graph: StepGraph) -> tuple[Check, ...]:
     return tuple(checks)
 
 
-def _read(found: FoundBundle, golden: Golden) -> dict[str, NDArray[np.generic]]:
+def read_golden(found: FoundBundle, golden: Golden) -> dict[str, NDArray[np.generic]]:
+    """Return the arrays of a bundle's golden run.
+
+    Raises:
+        BundleRefused: the file cannot be read.
+    """
     try:
         with np.load(found.directory / golden.file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
@@ -54,6 +59,7 @@ def _replay(golden: Golden, arrays: _Arrays, graph: StepGraph) -> list[Check]:
     text = [int(token) for token in arrays["text"]][: graph.capacity]
     logits = graph.chunk(0, text, 0, every_position=True)
     likelihood = mean_log_likelihood(logits[:-1], text[1:])
+    assert golden.log_likelihood_bound is not None, "the schema demands one of a generating bundle"
     difference = abs(likelihood - float(arrays["text_log_likelihood"]))
     checks = [
         Check(

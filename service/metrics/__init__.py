@@ -6,6 +6,6 @@ docs/metrics.md is the catalogue for people. Nothing here is global: whoever sta
 
 from service.metrics.catalogue import ServerMetrics
 from service.metrics.endpoint import MetricsEndpoint
-from service.metrics.model import ModelMetrics
+from service.metrics.model import ModelMetrics, Task
 
-__all__ = ["MetricsEndpoint", "ModelMetrics", "ServerMetrics"]
+__all__ = ["MetricsEndpoint", "ModelMetrics", "ServerMetrics", "Task"]

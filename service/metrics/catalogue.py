@@ -16,7 +16,7 @@ from prometheus_client import (
 )
 
 from service.metrics import buckets
-from service.metrics.model import ModelMetrics
+from service.metrics.model import ModelMetrics, Task
 
 UNKNOWN_MODEL = "_unknown"
 
@@ -130,14 +130,15 @@ class ServerMetrics:
     def _gauge(self, name: str, text: str, labels: Sequence[str] = ()) -> Gauge:
         return Gauge(f"attendant_{name}", text, ("model", *labels), registry=self.registry)
 
-    def model(self, model: str, max_model_len: int) -> ModelMetrics:
+    def model(self, model: str, max_model_len: int, task: Task = "generate") -> ModelMetrics:
         """Return the metrics of one model.
 
         Args:
             model: "name/version".
             max_model_len: its longest sequence, in tokens.
+            task: what it is asked for.
         """
-        return ModelMetrics(self, model, buckets.SeqBuckets(self._seq_buckets, max_model_len))
+        return ModelMetrics(self, model, buckets.SeqBuckets(self._seq_buckets, max_model_len), task)
 
     def refused_model(self, model: str) -> None:
         """Say that a bundle of the repository is not served."""

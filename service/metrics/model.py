@@ -14,12 +14,18 @@ from service.metrics.buckets import SeqBuckets
 if TYPE_CHECKING:
     from service.metrics.catalogue import ServerMetrics
 
-Phase = Literal["prefill", "decode"]
-End = Literal["stop", "eos", "length", "cancelled", "deadline", "error"]
+Task = Literal["generate", "embed"]
+Phase = Literal["encode", "prefill", "decode"]
+End = Literal["stop", "eos", "length", "complete", "cancelled", "deadline", "error"]
 
-PHASES: tuple[Phase, ...] = ("prefill", "decode")
-ENDS: tuple[End, ...] = ("stop", "eos", "length", "cancelled", "deadline", "error")
-TASK = "generate"
+PHASES: dict[Task, tuple[Phase, ...]] = {"generate": ("prefill", "decode"), "embed": ("encode",)}
+"""What a graph is run for, by task."""
+_FAILURES: tuple[End, ...] = ("cancelled", "deadline", "error")
+ENDS: dict[Task, tuple[End, ...]] = {
+    "generate": ("stop", "eos", "length", *_FAILURES),
+    "embed": ("complete", *_FAILURES),
+}
+"""How a request ends, by task."""
 CODES = (
     "OK",
     "CANCELLED",
@@ -47,29 +53,32 @@ class ModelMetrics:
         families: where the children live.
         model: "name/version".
         seq_buckets: the lengths that latencies are told apart by.
+        task: what the model is asked for; it decides which children there are.
     """
 
-    def __init__(self, families: "ServerMetrics", model: str, seq_buckets: SeqBuckets) -> None:
+    def __init__(self, families: "ServerMetrics", model: str, seq_buckets: SeqBuckets, task: Task = "generate") -> None:
         self._seq_buckets = seq_buckets
+        generates = task == "generate"
 
         def by_length(family: Histogram, *labels: str) -> Sequence[Histogram]:
             return tuple(family.labels(model, *labels, bucket) for bucket in seq_buckets.labels)
 
-        self._time_to_first_token = by_length(families.time_to_first_token)
-        self._inter_token_latency = by_length(families.inter_token_latency)
-        self._request_duration = by_length(families.request_duration, TASK)
+        if generates:
+            self._time_to_first_token = by_length(families.time_to_first_token)
+            self._inter_token_latency = by_length(families.inter_token_latency)
+            self._request_prefill = by_length(families.request_prefill)
+            self._output_lengths = families.output_tokens.labels(model)
+        self._request_duration = by_length(families.request_duration, task)
         self._request_queue = by_length(families.request_queue)
-        self._request_prefill = by_length(families.request_prefill)
-        self._step = {phase: families.step.labels(model, phase) for phase in PHASES}
-        self._batch_size = {phase: families.batch_size.labels(model, phase) for phase in PHASES}
+        self._step = {phase: families.step.labels(model, phase) for phase in PHASES[task]}
+        self._batch_size = {phase: families.batch_size.labels(model, phase) for phase in PHASES[task]}
         self._prompt_lengths = families.prompt_tokens.labels(model)
-        self._output_lengths = families.output_tokens.labels(model)
         self._real_tokens = families.batch_tokens.labels(model, "real")
         self._padding_tokens = families.batch_tokens.labels(model, "padding")
         self._prompt_tokens = families.tokens.labels(model, "prompt")
         self._cached_tokens = families.tokens.labels(model, "prompt_cached")
         self._output_tokens = families.tokens.labels(model, "output")
-        self._finished = {end: families.finished.labels(model, end) for end in ENDS}
+        self._finished = {end: families.finished.labels(model, end) for end in ENDS[task]}
         self._waiting = families.waiting.labels(model)
         self._running = families.running.labels(model)
         self._kv_usage = families.kv_usage.labels(model)
@@ -80,7 +89,7 @@ class ModelMetrics:
         self._info = families.model_info
         self._model = model
         for code in CODES:
-            families.requests.labels(model, TASK, code)
+            families.requests.labels(model, task, code)
         for reason in REJECTIONS:
             families.rejected.labels(model, reason)
 
@@ -127,6 +136,16 @@ class ModelMetrics:
         self._request_duration[self._seq_buckets.index(prompt_tokens)].observe(seconds)
         self._prompt_lengths.observe(prompt_tokens)
         self._output_lengths.observe(output_tokens)
+
+    def embedded(self, num_tokens: int, seconds: float) -> None:
+        """A text got its vector, so long after its call arrived."""
+        self._request_duration[self._seq_buckets.index(num_tokens)].observe(seconds)
+        self._prompt_lengths.observe(num_tokens)
+        self._prompt_tokens.inc(num_tokens)
+
+    def completed(self) -> None:
+        """A call that is no stream ended well."""
+        self._finished["complete"].inc()
 
     def failed(self, end: End) -> None:
         """An accepted request ended otherwise."""

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 from service.bundle import FoundBundle
+from service.encode_loop import EncodeLoop
 from service.engine_loop import EngineLoop
-from service.errors import InvalidField, ModelNotFound, ModelUnavailable
+from service.errors import InvalidField, ModelNotFound, ModelUnavailable, Unsupported
 from service.metrics import ModelMetrics
 from service.text import TextCodec
 
@@ -26,7 +27,7 @@ class ServedModel:
     """All that answering for one bundle takes."""
 
     found: FoundBundle
-    engine: EngineLoop
+    loop: EngineLoop | EncodeLoop
     codec: TextCodec
     metrics: ModelMetrics
     load_seconds: float
@@ -35,6 +36,31 @@ class ServedModel:
     def key(self) -> str:
         """Its full name, "name/version"."""
         return self.found.manifest.key
+
+    @property
+    def engine(self) -> EngineLoop:
+        """What generates.
+
+        Raises:
+            Unsupported: the bundle does not.
+        """
+        if isinstance(self.loop, EngineLoop):
+            return self.loop
+        raise self._cannot("generate text")
+
+    @property
+    def encoder(self) -> EncodeLoop:
+        """What embeds.
+
+        Raises:
+            Unsupported: the bundle does not.
+        """
+        if isinstance(self.loop, EncodeLoop):
+            return self.loop
+        raise self._cannot("embed texts")
+
+    def _cannot(self, what: str) -> Unsupported:
+        return Unsupported(f"model {self.key} does not {what}; its tasks: {', '.join(self.found.manifest.tasks)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

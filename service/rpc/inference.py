@@ -7,11 +7,15 @@ from dataclasses import dataclass
 import grpc
 from google.protobuf.message import Message
 
+from attendant.v1 import embedding_pb2
 from attendant.v1 import generation_pb2 as pb
 from attendant.v1 import inference_service_pb2 as service_pb
+from service.encode_loop import EncodeLoop
+from service.engine.pooling import VectorOptions
 from service.engine_loop import EngineLoop, TokenStream
 from service.errors import AttendantError, InvalidField
 from service.metrics import ServerMetrics
+from service.rpc import embed
 from service.rpc.answer import Answer, wire_reason
 from service.rpc.catalog import ModelCatalog, ServedModel
 from service.rpc.convert import (
@@ -25,7 +29,6 @@ from service.rpc.convert import (
     read_input,
     read_options,
     to_request,
-    vocabulary_of,
 )
 from service.rpc.registration import Context, ended_by
 from service.rpc.status import to_duration
@@ -153,10 +156,44 @@ class InferenceService:
             return
         raise AssertionError(f"the stream of request {request.request_id} ended without a finish")
 
+    async def Embed(self, request: embedding_pb2.EmbedRequest, context: Context) -> embedding_pb2.EmbedResponse:
+        """Return a vector for each text."""
+        try:
+            model, encoder, options, texts, arrival = await self._accept_texts(request)
+        except AttendantError as error:
+            self._metrics.turned_away(self._catalog.label(request.model), error.reason.lower())
+            raise
+        tokenise_seconds = encoder.clock() - arrival
+        try:
+            call = await encoder.encode([text.token_ids for text in texts], options, arrival)
+        except asyncio.CancelledError:
+            expired = ended_by(context) is grpc.StatusCode.DEADLINE_EXCEEDED
+            model.metrics.failed("deadline" if expired else "cancelled")
+            raise
+        except AttendantError:
+            model.metrics.failed("error")
+            raise
+        for text in texts:
+            model.metrics.embedded(len(text.token_ids), call.ended - arrival)
+        model.metrics.completed()
+        return embed.to_response(model.found.manifest, texts, call, tokenise_seconds)
+
+    async def _accept_texts(
+        self, request: embedding_pb2.EmbedRequest
+    ) -> tuple[ServedModel, EncodeLoop, VectorOptions, list[embed.EncodedText], float]:
+        """Check a request and tokenise its texts."""
+        arrival = EncodeLoop.clock()
+        model = self._catalog.resolve(request.model)
+        encoder = model.encoder
+        assert model.found.manifest.embedding is not None, "the schema demands it of an embedding bundle"
+        options = embed.read_options(request, model.found.manifest.embedding)
+        embed.check_inputs(request, self._max_prompt_bytes)
+        texts = await self._workers.run(lambda: embed.encode_inputs(request, model.codec, encoder.capacity))
+        return model, encoder, options, texts, arrival
+
     async def Tokenize(self, request: service_pb.TokenizeRequest, context: Context) -> service_pb.TokenizeResponse:
         """Return token ids exactly as Generate would make them."""
         model = self._catalog.resolve(request.model)
-        vocabulary_of(model.found.manifest)
         codec = model.codec
         kind = request.WhichOneof("input")
         if kind == "text":
@@ -169,7 +206,7 @@ class InferenceService:
             if request.HasField("add_special_tokens"):
                 raise InvalidField("add_special_tokens", request.add_special_tokens, "must be absent with messages")
             conversation = read_conversation(
-                request.messages, max_bytes=self._max_prompt_bytes, capacity=model.engine.capacity
+                request.messages, max_bytes=self._max_prompt_bytes, capacity=model.loop.capacity
             )
             return await self._workers.run(lambda: _rendered(codec, conversation))
         raise InvalidField("input", kind, "one of text, messages is needed")
@@ -180,7 +217,6 @@ class InferenceService:
         """Return the text of token ids."""
         model = self._catalog.resolve(request.model)
         limit = model.found.manifest.limits.max_model_len
-        vocabulary_of(model.found.manifest)
         if len(request.token_ids) > limit:
             raise InvalidField("token_ids", f"{len(request.token_ids)} ids", f"at most max_model_len, {limit}")
         skips = not request.HasField("skip_special_tokens") or request.skip_special_tokens

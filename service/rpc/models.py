@@ -72,7 +72,7 @@ def describe(entry: Entry) -> pb.Model:
         model.has_chat_template = manifest.vocabulary.chat_template is not None
     if entry.served is not None:
         model.load_seconds = entry.served.load_seconds
-        checks += entry.served.engine.checks
+        checks += entry.served.loop.checks
     model.checks.extend(
         pb.Check(name=check.name, measured=check.measured, bound=check.bound, grid=check.grid) for check in checks
     )

@@ -14,10 +14,9 @@ def health_of(catalog: ModelCatalog, *, loading: bool, draining: bool) -> dict[s
     "liveness": no engine is stuck, whatever else; "model/<name>" and "model/<name>/<version>": that one is served.
     """
     healthy = {
-        entry.key: entry.served is not None and entry.served.engine.healthy and not draining
-        for entry in catalog.entries
+        entry.key: entry.served is not None and entry.served.loop.healthy and not draining for entry in catalog.entries
     }
-    alive = all(model.engine.healthy for model in catalog.served)
+    alive = all(model.loop.healthy for model in catalog.served)
     ready = alive and not loading and any(healthy.values())
     names = {
         "": ready,

@@ -23,6 +23,7 @@ _MAX_TEXT = 600  # characters; a status travels in headers, which clients accept
 _CODES: dict[type[errors.AttendantError], StatusCode] = {
     errors.InvalidField: StatusCode.INVALID_ARGUMENT,
     errors.ContextLengthExceeded: StatusCode.INVALID_ARGUMENT,
+    errors.TextTooLong: StatusCode.INVALID_ARGUMENT,
     errors.Unsupported: StatusCode.UNIMPLEMENTED,
     errors.ModelNotFound: StatusCode.NOT_FOUND,
     errors.ModelUnavailable: StatusCode.UNAVAILABLE,

@@ -55,6 +55,13 @@ class TextCodec:
         ids = _encode(self._tokenizer, text, add_special_tokens=add_special_tokens)
         return (*self._leading, *ids) if add_special_tokens else tuple(ids)
 
+    def encode_truncated(self, text: str, max_tokens: int) -> tuple[int, ...]:
+        """Return the first ids of a text and all special tokens that belong around it, `max_tokens` together."""
+        encoding = self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
+        around = len(self._leading) + self._tokenizer.num_special_tokens_to_add(is_pair=False)
+        encoding.truncate(max(0, max_tokens - around))
+        return (*self._leading, *self._tokenizer.post_process(encoding).ids)[:max_tokens]
+
     def encode_messages(self, messages: Sequence[tuple[str, str]]) -> tuple[str, tuple[int, ...]]:
         """Return a conversation as the bundle's template renders it, and its ids.
 

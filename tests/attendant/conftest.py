@@ -12,7 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from attendant.v1 import generation_pb2, inference_service_pb2, model_service_pb2
+from attendant.v1 import embedding_pb2, generation_pb2, inference_service_pb2, model_service_pb2
 from attendant.v1.inference_service_pb2_grpc import InferenceServiceServicer, add_InferenceServiceServicer_to_server
 from attendant.v1.model_service_pb2_grpc import ModelServiceServicer, add_ModelServiceServicer_to_server
 
@@ -110,6 +110,14 @@ class Script(InferenceServiceServicer, ModelServiceServicer):
     def Generate(self, request, context):
         self.requests.append(request)
         yield from self.generate(request, context)
+
+    def Embed(self, request, context):
+        self.requests.append(request)
+        pb = embedding_pb2
+        lengths = [len(item.text) or len(item.token_ids.ids) for item in request.inputs]
+        vectors = [pb.Embedding(values=[0.5, length], tokens=length, truncated=length > 2) for length in lengths]
+        usage = generation_pb2.Usage(prompt_tokens=sum(lengths))
+        return pb.EmbedResponse(embeddings=vectors, model="encoder/1", usage=usage)
 
     def Tokenize(self, request, context):
         self.requests.append(request)

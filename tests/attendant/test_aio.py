@@ -37,6 +37,7 @@ async def test_unary_calls_answer_as_the_synchronous_clients(client):
     assert (await client.models())[0] == await client.model("tiny/1")
     assert (await client.tokenize("a", model="tiny")).token_ids == (1, 2)
     assert await client.detokenize([1], model="tiny") == "a b"
+    assert list(await client.embed(["a", "b c"], model="tiny")) == [(0.5, 1.0), (0.5, 3.0)]
     with pytest.raises(attendant.ModelNotFound):
         await client.model("huge")
 

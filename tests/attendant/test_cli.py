@@ -209,12 +209,27 @@ def test_without_a_server_one_line_says_where_it_was_looked_for(run, free_port):
 
 
 def test_several_models_must_be_chosen_from(run, script):
-    script.models.append(model_service_pb2.Model(name="other", version=1, state=model_service_pb2.MODEL_STATE_READY))
+    ready = model_service_pb2.MODEL_STATE_READY
+    script.models.append(model_service_pb2.Model(name="other", version=1, state=ready, tasks=["generate"]))
     done = run("generate", "hi")
     assert (done.returncode, done.stderr) == (2, "attendant: choose a model with --model: other, tiny\n")
     assert run("generate", "hi", "--model", "other").returncode == 0
     script.models = []
-    assert "no model ready" in run("generate", "hi").stderr
+    assert "no model ready that can generate" in run("generate", "hi").stderr
+    script.models = [model_service_pb2.Model(name="encoder", version=1, state=ready, tasks=["embed"])]
+    assert "no model ready that can generate" in run("generate", "hi").stderr
+    assert run("embed", "hi").returncode == 0
+
+
+def test_each_text_or_line_becomes_an_array_of_its_own(run, script):
+    script.models = [
+        model_service_pb2.Model(name="encoder", version=1, state=model_service_pb2.MODEL_STATE_READY, tasks=["embed"])
+    ]
+    assert run("embed", "a", "b c").stdout == "[0.5, 1.0]\n[0.5, 3.0]\n"
+    assert run("embed", "--truncate", "--dimensions", "2", stdin="a\nb c\n").stdout == "[0.5, 1.0]\n[0.5, 3.0]\n"
+    one, two = script.requests
+    assert [item.text for item in one.inputs] == [item.text for item in two.inputs] == ["a", "b c"]
+    assert (two.truncate, two.dimensions, one.HasField("dimensions")) == (True, 2, False)
 
 
 def test_models_are_an_aligned_table_with_the_reason_of_a_refusal(run, script):

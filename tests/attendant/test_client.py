@@ -167,6 +167,30 @@ def test_without_a_server_the_call_is_unavailable(free_port):
         client.models(timeout=5)
 
 
+def test_embed_asks_what_it_was_told_and_gives_vectors_in_order(client, script):
+    found = client.embed(["a", [5, 6, 7]], model="encoder", pooling="cls", normalize=False, dimensions=2, truncate=True)
+    (request,) = script.requests
+    assert (request.inputs[0].text, list(request.inputs[1].token_ids.ids)) == ("a", [5, 6, 7])
+    assert (request.pooling, request.normalize, request.dimensions, request.truncate) == (2, False, 2, True)
+    assert list(found) == [(0.5, 1.0), (0.5, 3.0)]
+    assert (len(found), found[1], found.embeddings[1].truncated) == (2, (0.5, 3.0), True)
+    assert (found.model, found.usage.prompt_tokens) == ("encoder/1", 4)
+
+
+def test_a_single_text_is_a_list_of_one_and_silence_stays_silence(client, script):
+    assert len(client.embed("abc", model="encoder")) == 1
+    (request,) = script.requests
+    assert [item.text for item in request.inputs] == ["abc"]
+    assert (request.pooling, request.HasField("normalize"), request.HasField("dimensions")) == (0, False, False)
+
+
+def test_an_input_that_cannot_be_sent_is_named(client):
+    with pytest.raises(TypeError, match=r"inputs\[1\]"):
+        client.embed(["a", [1.5]], model="encoder")
+    with pytest.raises(ValueError, match="pooling"):
+        client.embed("a", model="encoder", pooling="median")
+
+
 def test_tokenize_and_detokenize_ask_what_they_were_told(client, script):
     tokens = client.tokenize("a b", model="tiny", add_special_tokens=False)
     assert tokens == attendant.Tokens(token_ids=(1, 2), tokens=("a", "Ġb"), text="rendered")

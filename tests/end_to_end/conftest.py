@@ -136,6 +136,19 @@ def start(tiny_repository: Path, tmp_path: Path) -> Iterator[Start]:
         yield start_one
 
 
+@pytest.fixture(scope="module")
+def module_start(tiny_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Start servers that the tests of a module share."""
+    with contextlib.ExitStack() as stack:
+
+        def start_one(*arguments: str, repository: Path = tiny_repository) -> Server:
+            server = Server(repository, tmp_path_factory.mktemp("server") / "log", arguments)
+            stack.callback(server.close)
+            return server
+
+        yield start_one
+
+
 @pytest.fixture(scope="session")
 def server(tiny_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server of both tiny bundles that tests share, none of which disturbs the others."""

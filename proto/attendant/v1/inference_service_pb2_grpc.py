@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from attendant.v1 import embedding_pb2 as attendant_dot_v1_dot_embedding__pb2
 from attendant.v1 import generation_pb2 as attendant_dot_v1_dot_generation__pb2
 from attendant.v1 import inference_service_pb2 as attendant_dot_v1_dot_inference__service__pb2
 
@@ -44,6 +45,11 @@ class InferenceServiceStub:
                 request_serializer=attendant_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=attendant_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/attendant.v1.InferenceService/Embed',
+                request_serializer=attendant_dot_v1_dot_embedding__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=attendant_dot_v1_dot_embedding__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/attendant.v1.InferenceService/Tokenize',
                 request_serializer=attendant_dot_v1_dot_inference__service__pb2.TokenizeRequest.SerializeToString,
@@ -70,6 +76,13 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """Turns texts into vectors.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Turns text or a conversation into token ids, exactly as Generate would.
         """
@@ -91,6 +104,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=attendant_dot_v1_dot_generation__pb2.GenerateRequest.FromString,
                     response_serializer=attendant_dot_v1_dot_generation__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=attendant_dot_v1_dot_embedding__pb2.EmbedRequest.FromString,
+                    response_serializer=attendant_dot_v1_dot_embedding__pb2.EmbedResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -134,6 +152,33 @@ class InferenceService:
             '/attendant.v1.InferenceService/Generate',
             attendant_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
             attendant_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/attendant.v1.InferenceService/Embed',
+            attendant_dot_v1_dot_embedding__pb2.EmbedRequest.SerializeToString,
+            attendant_dot_v1_dot_embedding__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

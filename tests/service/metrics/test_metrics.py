@@ -100,9 +100,9 @@ def test_every_series_of_a_model_exists_before_anything_happens(
 ) -> None:
     metrics.model(MODEL, max_model_len=8192)
     families = scrape(endpoint)
-    for end in ENDS:
+    for end in ENDS["generate"]:
         assert value(families, "attendant_requests_finished", "attendant_requests_finished_total", reason=end) == 0
-    for phase in PHASES:
+    for phase in PHASES["generate"]:
         assert value(families, "attendant_batch_size", "attendant_batch_size_count", phase=phase) == 0
     labels = {s.labels["seq_bucket"] for s in families["attendant_time_to_first_token_seconds"].samples}
     assert labels == {"64", "128", "256", "512", "1024", "2048", "4096", "+Inf"}
@@ -129,7 +129,7 @@ def test_the_number_of_series_does_not_depend_on_traffic(metrics: ServerMetrics,
         model.prefilled(length, seconds)
         model.first_token(length, seconds)
         model.inter_token(length, seconds, count=2)
-        model.step(random_numbers.choice(PHASES), 3, length, 0, seconds)
+        model.step(random_numbers.choice(PHASES["generate"]), 3, length, 0, seconds)
         model.occupancy(1, 2, 3, 4)
         model.succeeded("eos", length, length, seconds)
         model.failed("cancelled")

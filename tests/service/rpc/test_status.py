@@ -27,6 +27,11 @@ ERRORS = [
         "INVALID_ARGUMENT",
         "CONTEXT_LENGTH_EXCEEDED",
     ),
+    (
+        errors.TextTooLong(field="inputs[3]", tokens=300, limit=256),
+        "INVALID_ARGUMENT",
+        "CONTEXT_LENGTH_EXCEEDED",
+    ),
     (errors.Unsupported("sampling.n is 2"), "UNIMPLEMENTED", "UNSUPPORTED"),
     (errors.ModelNotFound("there is no model 'x'"), "NOT_FOUND", "MODEL_NOT_FOUND"),
     (errors.ModelUnavailable("model x/1 is not served"), "UNAVAILABLE", "MODEL_UNAVAILABLE"),

@@ -1,0 +1,24 @@
+"""What an architecture's own export contributes to a bundle, and how it reports."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from attendant.bundle import Certificate, Embedding, Golden, GraphSpec, Limits, StateSpec
+
+Report = Callable[[str], None]
+"""Takes one line for every stage and check."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """The parts of a manifest that differ between architectures; the files they name are written."""
+
+    family: Any
+    tasks: tuple[Any, ...]
+    limits: Limits
+    graphs: tuple[GraphSpec, ...]
+    golden: Golden
+    certificate: Certificate
+    states: tuple[StateSpec, ...] = ()
+    embedding: Embedding | None = None
