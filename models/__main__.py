@@ -44,6 +44,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluator.add_argument("directory", type=Path, metavar="DIR", help="a checkpoint")
     evaluator.set_defaults(command=_evaluate)
 
+    halver = commands.add_parser("halve", help="store a checkpoint's weights in half precision, in half the space")
+    halver.add_argument("source", type=Path, metavar="CHECKPOINT")
+    halver.add_argument("directory", type=Path, metavar="DIR", help="where the smaller checkpoint is written")
+    halver.set_defaults(command=_halve)
+
     importer = commands.add_parser("import", help="turn pretrained weights into a checkpoint")
     importer.add_argument("format", choices=sorted(READERS))
     importer.add_argument("source", type=Path, help="a GGUF file, or a Hugging Face directory")
@@ -81,6 +86,11 @@ def _train(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     for name, value in run.evaluate(arguments.directory).items():
         print(f"{name:<32}{value:.4f}")
+
+
+def _halve(arguments: argparse.Namespace) -> None:
+    checkpoint.save(checkpoint.load(arguments.source), arguments.directory, half=True)
+    print(f"checkpoint: {arguments.directory}")
 
 
 def _import(arguments: argparse.Namespace) -> None:

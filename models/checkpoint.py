@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from models.families import FAMILIES, family_of
 from models.model import Model
@@ -91,8 +93,10 @@ class TrainedModel:
     data: str | None = None
 
 
-def save(model: TrainedModel, directory: str | Path) -> None:
+def save(model: TrainedModel, directory: str | Path, *, half: bool = False) -> None:
     """Write a checkpoint atomically: it appears whole, and replaces an older checkpoint of that name.
+
+    With `half` weights are rounded to half precision, which `load` turns back into float32.
 
     Raises:
         CheckpointError: the directory exists and is no checkpoint.
@@ -103,7 +107,10 @@ def save(model: TrainedModel, directory: str | Path) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        save_file(model.module.weights(), scratch / WEIGHTS)
+        weights = model.module.weights()
+        if half:
+            weights = {name: tensor.half() for name, tensor in weights.items()}
+        save_file(weights, scratch / WEIGHTS)
         document = {
             "format": FORMAT,
             "family": family_of(model.module),
@@ -163,7 +170,7 @@ def _assemble(document: dict[str, Any], directory: Path) -> TrainedModel:
     # The configuration has no nulls that matter: a field that is absent takes its default.
     config = from_table(model_class.config_class, _without_nulls(document["config"]))
     return TrainedModel(
-        module=model_class.from_weights(config, load_file(directory / WEIGHTS)),
+        module=model_class.from_weights(config, _load_weights(directory / WEIGHTS)),
         tokenizer=_read_tokenizer(document["tokenizer"], directory / TOKENIZER),
         source_tokenizer=_read_tokenizer(document["source_tokenizer"], directory / SOURCE_TOKENIZER),
         labels=None if labels is None else tuple(labels),
@@ -173,6 +180,11 @@ def _assemble(document: dict[str, Any], directory: Path) -> TrainedModel:
         recipe=document["recipe"],
         data=document["data"],
     )
+
+
+def _load_weights(path: Path) -> dict[str, Tensor]:
+    weights = load_file(path)
+    return {name: tensor.float() if tensor.dtype is torch.float16 else tensor for name, tensor in weights.items()}
 
 
 def _write_tokenizer(tokenizer: TokenizerInfo | None, path: Path) -> dict[str, Any] | None:

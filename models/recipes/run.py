@@ -6,6 +6,7 @@ import tomllib
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from models import checkpoint
 from models.training.config import ConfigError, from_table
@@ -22,15 +23,22 @@ RECIPES = (
     "digits-mean",
     "digits-soft",
     "g2p",
+    "g2p-mean",
     "lm",
     "lm-mean",
     "lm-performer",
     "lm-small",
     "lm-window",
     "mlm",
+    "mlm-causal",
+    "mlm-mean",
     "needle",
     "needle-mean",
     "needle-window",
+    "sequences-copy",
+    "sequences-mean",
+    "sequences-reverse",
+    "sequences-sort",
 )
 """A name with a hyphen is a variant: the recipe before the hyphen, with another configuration."""
 CONFIG = "recipe.json"
@@ -53,16 +61,20 @@ def train(
         FileExistsError: the directory holds a run, and `resume` is false.
         FileNotFoundError: the configuration file or its text is missing, or there is no run to resume.
     """
-    recipe = _module(name)
-    path = Path(__file__).with_name(f"{name.replace('-', '_')}.toml") if config_file is None else config_file
-    try:
-        config = from_table(recipe.CONFIG, tomllib.loads(path.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, ConfigError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+    config = configuration(name, config_file)
     if seed is not None:
         config = replace(config, run=replace(config.run, seed=seed))
     _open(directory, {"recipe": name, **asdict(config)}, resume=resume)
-    return recipe.run(config, directory)
+    return _module(name).run(config, directory)
+
+
+def configuration(name: str, config_file: Path | None = None) -> Any:
+    """Return the configuration of a recipe, from its own file or another; see `train`."""
+    path = Path(__file__).with_name(f"{name.replace('-', '_')}.toml") if config_file is None else config_file
+    try:
+        return from_table(_module(name).CONFIG, tomllib.loads(path.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, ConfigError) as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def evaluate(directory: Path) -> dict[str, float]:

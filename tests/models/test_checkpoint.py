@@ -133,3 +133,14 @@ def test_adding_a_bos_token_needs_one():
         TokenizerInfo(
             json="{}", bos_token_id=None, eos_token_ids=(), pad_token_id=None, add_bos=True, chat_template=None
         )
+
+
+def test_half_precision_takes_half_the_space_and_is_read_as_float32(tmp_path):
+    model = trained_model()
+    checkpoint.save(model, tmp_path / "whole")
+    checkpoint.save(model, tmp_path / "half", half=True)
+    whole, half = (tmp_path / name / "model.safetensors" for name in ("whole", "half"))
+    assert half.stat().st_size < 0.6 * whole.stat().st_size
+    for name, tensor in checkpoint.load(tmp_path / "half").module.state_dict().items():
+        assert tensor.dtype is torch.float32
+        assert torch.equal(tensor, model.module.state_dict()[name].half().float())
