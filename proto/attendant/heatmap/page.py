@@ -46,7 +46,7 @@ tbody th { text-align: right; padding: 0 .4rem; position: sticky; left: 0; backg
 .dense td { width: 12px; min-width: 12px; height: 12px }
 .dense { border-spacing: 0 }
 .dense th, .dense .n { font-size: 10px }
-.map .n { width: auto; min-width: 11.5rem; padding-left: .6rem; text-align: left; color: var(--faint); font-size: 12px;
+.map .n { width: auto; min-width: 6.5rem; padding-left: .6rem; text-align: left; color: var(--faint); font-size: 12px;
   white-space: nowrap }
 tbody tr:hover th, tbody tr:hover .n { color: var(--text); font-weight: 700 }
 .overview td a { display: block; padding: .25rem .6rem; color: inherit; text-align: center;
