@@ -14,7 +14,7 @@ EXPORT_SOURCES := $(shell find models export -name '*.py') proto/attendant/bundl
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo serve test test-all lint proto baseline bundles bench gpu-test clean help
+.PHONY: demo serve test test-all lint proto baseline bundles bench attention-cost gpu-test clean help
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
@@ -37,6 +37,9 @@ gpu-test: $(READY) ## the tests that need a CUDA device
 
 bench: bundles ## tokens a second, the engine alone and through gRPC
 	$(BIN)/python tests/benchmarks/run.py
+
+attention-cost: $(READY) ## time and memory of every kind of attention by length
+	$(BIN)/python tests/benchmarks/attention_cost.py
 
 lint: $(READY) ## style, types, imports, contracts
 	$(BIN)/ruff check .
