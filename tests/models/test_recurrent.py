@@ -322,6 +322,17 @@ def test_a_checkpoint_holds_it_whole(decoder, tmp_path):
     assert torch.equal(restored(source_ids, token_ids, lengths), model(source_ids, token_ids, lengths))
 
 
+@BOTH_CELLS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_stays_near_float32(decoder, dtype):
+    model, arguments = Recurrent(config_of(decoder=decoder)).eval(), batch()
+    expected = model(*arguments)
+    logits = model.to(dtype)(*arguments)
+    assert logits.dtype == dtype
+    torch.testing.assert_close(logits.float(), expected, rtol=0, atol=2e-2)
+    assert {spec.dtype for spec in model.state_specs()} == {dtype}
+
+
 def test_dropout_acts_in_training_only():
     model = Recurrent(config_of(), dropout=0.5)
     arguments = batch()
