@@ -13,9 +13,13 @@ from attendant.bundle import SamplingDefaults
 from export.bundle import PRECISIONS, ExportRefused, Target, export_bundle
 from models import checkpoint
 from models.checkpoint import TrainedModel
-from models.readers import gguf, huggingface, smollm2
+from models.readers import gguf, huggingface
+from models.readers.packaged import MINILM, SMOLLM2, PackagedWeights
 
-PRETRAINED = {"smollm2-135m": SamplingDefaults(temperature=0.2, top_p=0.9)}
+PRETRAINED: dict[str, tuple[PackagedWeights, SamplingDefaults | None]] = {
+    "all-minilm-l6-v2": (MINILM, None),
+    "smollm2-135m": (SMOLLM2, SamplingDefaults(temperature=0.2, top_p=0.9)),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,7 +79,8 @@ def _read(source: Path | None, pretrained: str | None) -> tuple[TrainedModel, Sa
     if (source is None) == (pretrained is None):
         raise ValueError("name either a SOURCE or --pretrained")
     if source is None:
-        return gguf.read(smollm2.weights_path()), PRETRAINED[str(pretrained)]
+        weights, advised = PRETRAINED[str(pretrained)]
+        return weights.read(), advised
     if source.is_file():
         return gguf.read(source), None
     # Both kinds of directory have a config.json; ours says what it is.

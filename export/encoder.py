@@ -98,6 +98,8 @@ class EncodeRunner:
     def __init__(self, graph: Path) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = NUM_THREADS
+        # PyTorch runs in between: threads that spin after each run would take its cores.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
     def __call__(self, rows: list[Tokens]) -> list[Vectors]:

@@ -1,4 +1,4 @@
-"""`make demo`: start the server, stream an answer, send prompts of many lengths at once, show latency by length.
+"""`make demo`: a server, a streamed answer, prompts of many lengths at once, latency by length, and like sentences.
 
 Any step that fails ends the demo with a status other than 0; the server is stopped either way.
 """
@@ -22,6 +22,8 @@ from attendant._terminal import duration, visible
 
 MODEL = "smollm2-135m"
 QUESTION = "Explain in three sentences what attention means in a neural network."
+ENCODER = "all-minilm-l6-v2"
+SENTENCES = ("A man is eating food.", "Someone is having a meal.", "The stock market fell sharply today.")
 PROMPT_WORDS = (10, 20, 40, 80, 160, 320, 640, 1200)
 REQUESTS_OF_EACH = 4
 ANSWER_TOKENS = 32
@@ -95,6 +97,7 @@ def main(repository: Path) -> int:
             raise SystemExit("the server measured nothing")
         say("latency by sequence length, as the server measured it")
         print(table)
+        compare(address)
     finally:
         status = server.stop()
     if status != 0:
@@ -113,6 +116,16 @@ def chat(address: str) -> None:
         finished = stream.result().finished
     rate = (finished.usage.output_tokens - 1) / max(finished.timings.decode_seconds, 1e-9)
     print(f"\n({finished.usage.output_tokens} tokens, {rate:.0f} tokens/s, ended by {finished.finish_reason})")
+
+
+def compare(address: str) -> None:
+    """Show how alike an encoder finds some sentences."""
+    say(f"asking {ENCODER} how alike sentences are")
+    with Client(address) as client:
+        first, *others = client.embed(SENTENCES, model=ENCODER)
+    for sentence, other in zip(SENTENCES[1:], others, strict=True):
+        cosine = sum(a * b for a, b in zip(first, other, strict=True))
+        print(f"{cosine:6.3f}  {SENTENCES[0]!r} and {sentence!r}")
 
 
 async def load(address: str) -> None:

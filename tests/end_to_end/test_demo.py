@@ -13,7 +13,14 @@ def test_the_demo_answers_shows_latency_by_length_and_stops_its_server(smollm2_r
     demo = [sys.executable, Path(__file__).with_name("demo.py"), smollm2_repository]
     done = subprocess.run(demo, capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
-    for shown in ("READY smollm2-135m/1", "tokens/s, ended by", "<= 64", "<= 2048", "stopped cleanly"):
+    for shown in (
+        "READY smollm2-135m/1",
+        "tokens/s, ended by",
+        "<= 64",
+        "<= 2048",
+        " 0.689  'A man",
+        "stopped cleanly",
+    ):
         assert shown in done.stdout
 
 

@@ -12,7 +12,7 @@ import torch
 
 from attendant import Client
 from export.text import QUALITY
-from models.readers.smollm2 import weights_path
+from models.readers.packaged import SMOLLM2
 
 pytestmark = pytest.mark.smollm2
 
@@ -46,7 +46,7 @@ def reference() -> torch.nn.Module:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    path = weights_path()
+    path = SMOLLM2.path()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of transformers, about its own dependencies
         return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()

