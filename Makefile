@@ -11,7 +11,7 @@ DEMO_BUNDLES := smollm2-135m smollm2-135m-fp32 all-minilm-l6-v2 all-minilm-l6-v2
 PROTOS := $(wildcard proto/attendant/*/*.proto)
 # Only files with a service have stubs of a service.
 SERVICE_PROTOS := $(shell grep -l '^service ' $(PROTOS))
-EXPORT_SOURCES := $(shell find models export -name '*.py') proto/attendant/bundle.py proto/attendant/processor.py
+EXPORT_SOURCES := $(shell find models export -name '*.py' -not -path 'models/recipes/*') proto/attendant/bundle.py proto/attendant/processor.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
