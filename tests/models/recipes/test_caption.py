@@ -96,7 +96,7 @@ def test_it_learns_the_grammar_in_seconds_and_its_checkpoint_can_be_used(tmp_pat
     ):
         assert old in text
         text = text.replace(old, new)
-    (tmp_path / "caption.toml").write_text(_with(text, steps=60, batch_size=16, evaluate_every=60, warmup_steps=5))
+    (tmp_path / "caption.toml").write_text(_with(text, steps=100, batch_size=16, evaluate_every=100, warmup_steps=5))
     result = run.train("caption", directory=tmp_path / "run", config_file=tmp_path / "caption.toml")
     assert result["validation_loss"] < 1.3  # words at random cost ln 18 = 2.9
     trained = checkpoint.load(tmp_path / "run" / "checkpoint")
