@@ -114,7 +114,7 @@ def test_the_mean_gradient_of_all_looks_is_that_of_the_expected_loss():
         assert choice.index.item() == place
         loss = reinforce_loss(log_likelihood(place), choice.log_prob, choice.entropy, baseline=-1.3)
         for total, gradient in zip(estimate, gradients(loss), strict=True):
-            total += weights[0, place].detach() * gradient
+            total.add_(weights[0, place].detach() * gradient)
     for ours, theirs in zip(estimate, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
     assert expected[0].abs().max() > 0  # the glance is taught
