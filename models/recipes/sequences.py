@@ -6,6 +6,7 @@ anew for every batch, and judged at the lengths that were trained and at longer 
 Shapes: B sequences, S source tokens, T target tokens.
 """
 
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from models.encoder import EncoderConfig, StackConfig
 from models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from models.recipes.lm import CHECKPOINT
 from models.training.characters import character_tokenizer, tokenizer_info
-from models.training.config import ConfigError, OptimiserConfig, RunConfig
+from models.training.config import ConfigError, OptimiserConfig, RunConfig, from_table
 from models.training.loop import Task, train
 from models.training.pairs import END, SPECIAL_TOKENS, START, Pair, collate, mean_loss, pad, pair_loss
 
@@ -132,6 +133,14 @@ def run(config: SequencesConfig, directory: Path) -> dict[str, float]:
         save=lambda: checkpoint.save(trained, directory / CHECKPOINT),
     )
     return train(task, config.run, config.optimiser, directory)
+
+
+def evaluate(trained: TrainedModel) -> dict[str, float]:
+    """Return the figures of `judge`, lengths being those of the recipe's own configuration."""
+    order = trained.recipe.partition("-")[2]
+    path = Path(__file__).with_name(f"sequences_{order}.toml")
+    config = from_table(SequencesConfig, tomllib.loads(path.read_text(encoding="utf-8")))
+    return judge(trained.module, config.order, config.max_length)
 
 
 def draw(order: Order, count: int, lengths: tuple[int, int], generator: torch.Generator | None = None) -> list[Pair]:

@@ -50,9 +50,9 @@ def two_sided_guesses(training: Tensor, windows: Tensor, vocab_size: int) -> Ten
     """
     base, guesses = vocab_size + 1, torch.zeros_like(windows)  # one id more, for what lies beyond a window
     for offsets in _NEIGHBOURS:
-        found, guess = _most_frequent(
-            _contexts(training[None], offsets, base).flatten(), training, _contexts(windows, offsets, base), base
-        )
+        contexts = _contexts(training[None], offsets, base)[0]
+        # The ends of the text are left out: what lies beyond it is not what lies beyond a window.
+        found, guess = _most_frequent(contexts[2:-2], training[2:-2], _contexts(windows, offsets, base), base)
         guesses = torch.where(found, guess, guesses)
     return guesses
 
