@@ -15,7 +15,7 @@ EXPORT_SOURCES := $(shell find models export -name '*.py' -not -path 'models/rec
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo serve test test-all lint proto baseline bundles bench attention-cost gpu-test clean help
+.PHONY: demo serve test test-all lint proto baseline bundles bench bench-embeddings attention-cost gpu-test clean help
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 16
@@ -38,6 +38,9 @@ gpu-test: $(READY) ## the tests that need a CUDA device
 
 bench: bundles ## tokens a second, the engine alone and through gRPC
 	$(BIN)/python tests/benchmarks/run.py
+
+bench-embeddings: bundles ## texts a second, beside sentence-transformers and CTranslate2 where they are installed
+	$(BIN)/python tests/benchmarks/embeddings.py
 
 attention-cost: $(READY) ## time and memory of every kind of attention by length
 	$(BIN)/python tests/benchmarks/attention_cost.py

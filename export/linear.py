@@ -194,4 +194,4 @@ class _Integer(nn.Module):
 
     def add_bias(self, result: Tensor) -> Tensor:
         """Return `result` [T, N] plus the bias, if there is one."""
-        return result if self.bias is None else result + self.bias
+        return result if self.bias is None else operators.add(result, self.bias)

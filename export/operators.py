@@ -81,6 +81,15 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, num_he
     )
 
 
+def add(left: Tensor, right: Tensor) -> Tensor:
+    """Add two tensors, the second broadcast to the first, so that ONNX Runtime leaves the sum alone.
+
+    It fuses Add with the layer norm or GELU behind it, and its fused layer norm takes six times as long as the two
+    steps, its fused GELU a quarter longer.
+    """
+    return symbolic("Sum", (left, right), {}, dtype=left.dtype, shape=left.shape, version=OPSET)
+
+
 def norm(hidden: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """Normalise the rows of [T, E]: an RMS norm without `bias`, a layer norm with it. All weights are [E]."""
     simplified = bias is None
@@ -95,17 +104,19 @@ def norm(hidden: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tenso
 
 
 def skip_norm(hidden: Tensor, skip: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """Add two [T, E] and normalise the sum, in one pass: an RMS norm without `bias`, a layer norm with it.
+    """Add two [T, E] and normalise the sum: an RMS norm without `bias`, in one pass, or a layer norm with it.
 
     Returns:
         The normalised sum and the sum.
     """
+    if bias is not None:
+        total = add(hidden, skip)
+        return norm(total, gain, bias, eps), total
     # All four results are declared, though the middle two are for training: ONNX Runtime warns otherwise.
     statistics = (*hidden.shape[:-1], 1)
-    simplified = bias is None
     normalised, _, _, total = symbolic_multi_out(
-        f"com.microsoft::Skip{'Simplified' if simplified else ''}LayerNormalization",
-        (hidden, skip, gain) if simplified else (hidden, skip, gain, bias),
+        "com.microsoft::SkipSimplifiedLayerNormalization",
+        (hidden, skip, gain),
         {"epsilon": eps},
         dtypes=(torch.float32,) * 4,
         shapes=(hidden.shape, statistics, statistics, hidden.shape),
