@@ -118,7 +118,7 @@ class MultiHeadAttention(Heads):
             # The new tokens are read beside the ring, not from it: writing first would overwrite what they still see.
             held = ring_positions(chunk.start, past["key"].shape[2])
             key, value = torch.cat((past["key"], key), 2), torch.cat((past["value"], value), 2)
-            rows = max(len(held), len(positions), len(chunk.valid))
+            rows = x.shape[0]
             key_positions = torch.cat((held.expand(rows, -1), positions.expand(rows, -1)), 1)
             key_valid = torch.cat(((held >= 0).expand(rows, -1), chunk.valid.expand(rows, -1)), 1)
         else:
