@@ -76,10 +76,7 @@ def encode_inputs(request: pb.EmbedRequest, codec: TextCodec, capacity: int) -> 
         InvalidField: a token id is not of the vocabulary.
         TextTooLong: an input has more tokens than `capacity`, and `truncate` is not set.
     """
-    return [
-        _encode(item, index, request.truncate, codec, capacity)
-        for index, item in enumerate(request.inputs)
-    ]  # fmt: skip
+    return [_encode(item, index, request.truncate, codec, capacity) for index, item in enumerate(request.inputs)]
 
 
 def _encode(item: pb.EmbedInput, index: int, truncate: bool, codec: TextCodec, capacity: int) -> EncodedText:
