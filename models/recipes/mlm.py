@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models import checkpoint
 from models.checkpoint import TokenizerInfo, TrainedModel
-from models.checks import check_choices
+from models.checks import check_choices, check_integers
 from models.decoder import Decoder, DecoderConfig
 from models.encoder import EncoderConfig
 from models.masked_lm import MaskedLanguageModel
@@ -55,6 +55,7 @@ class MlmConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, objective=get_args(Objective))
+        check_integers(self, 1, "evaluation_windows")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout is {self.dropout}; it must lie in [0, 1)")
 

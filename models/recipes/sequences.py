@@ -104,6 +104,8 @@ class SequencesConfig:
         check_integers(self, 1, "max_length")
         if self.max_longer_length <= self.max_length:
             raise ConfigError(f"max_longer_length is {self.max_longer_length}; max_length is {self.max_length} already")
+        if self.order == "sort" and self.max_longer_length > len(LETTERS):
+            raise ConfigError(f"max_longer_length is {self.max_longer_length}; only {len(LETTERS)} letters differ")
 
 
 CONFIG = SequencesConfig
@@ -144,11 +146,15 @@ def evaluate(trained: TrainedModel) -> dict[str, float]:
 
 
 def draw(order: Order, count: int, lengths: tuple[int, int], generator: torch.Generator | None = None) -> list[Pair]:
-    """Draw pairs of between lengths[0] and lengths[1] letters."""
+    """Draw pairs of between lengths[0] and lengths[1] letters; letters to be sorted differ, so each has one place."""
     low, high = lengths
-    letters = torch.randint(len(SPECIAL_TOKENS), VOCAB_SIZE, (count, high), generator=generator).tolist()
+    if order == "sort":
+        letters = torch.rand(count, len(LETTERS), generator=generator).argsort(1)[:, :high]
+    else:
+        letters = torch.randint(len(LETTERS), (count, high), generator=generator)
+    rows = (letters + len(SPECIAL_TOKENS)).tolist()
     cuts = torch.randint(low, high + 1, (count,), generator=generator).tolist()
-    sources = [tuple(row[:cut]) for row, cut in zip(letters, cuts, strict=True)]
+    sources = [tuple(row[:cut]) for row, cut in zip(rows, cuts, strict=True)]
     return [Pair(source=source, target=rearranged(order, source)) for source in sources]
 
 
@@ -160,11 +166,10 @@ def rearranged(order: Order, source: Sequence[int]) -> tuple[int, ...]:
 
 
 def places(order: Order, source: Sequence[int]) -> Tensor:
-    """Return where each letter of the target stands: (T, S) booleans; equal letters of a sorted target share theirs."""
-    letters = torch.tensor(source)
+    """Return where each letter of the target stands, (T, S) booleans: a permutation."""
+    diagonal = torch.eye(len(source), dtype=torch.bool)
     if order == "sort":
-        return letters.sort().values[:, None] == letters
-    diagonal = torch.eye(len(letters), dtype=torch.bool)
+        return diagonal[torch.tensor(source).argsort()]
     return diagonal if order == "copy" else diagonal.flip(0)
 
 

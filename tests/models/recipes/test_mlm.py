@@ -122,6 +122,7 @@ def test_what_is_asked_are_ordinary_tokens_that_a_decoder_could_tell(train, tmp_
     ("old", "new", "message"),
     [
         ('objective = "masked"', 'objective = "both"', "objective is 'both'; it must be one of masked, causal"),
+        ("evaluation_windows = 512", "evaluation_windows = 0", "evaluation_windows is 0; it must be an integer of at"),
         ("evaluation_windows = 512", "evaluation_windows = 512\ndropout = 1.0", r"dropout is 1\.0; it must lie in"),
         ("validation_documents = 8", "validation_documents = 300", "is 300; the text has 221 documents"),
     ],

@@ -38,9 +38,11 @@ def test_places_say_where_every_letter_of_the_target_stands(order):
         places = sequences.places(order, pair.source)
         assert places.any(1).all()
         for letter, row in zip(pair.target, places, strict=True):
-            assert {pair.source[index] for index in row.nonzero().flatten().tolist()} == {letter}
-    source = (5, 3, 9, 3)
-    expected = {"copy": source, "reverse": (3, 9, 3, 5), "sort": (3, 3, 5, 9)}
+            assert [pair.source[index] for index in row.nonzero().flatten().tolist()] == [letter]
+        assert (places.sum(0) == 1).all()
+        assert order != "sort" or len(set(pair.source)) == len(pair.source)
+    source = (5, 3, 9, 4)
+    expected = {"copy": source, "reverse": (4, 9, 3, 5), "sort": (3, 4, 5, 9)}
     assert sequences.rearranged(order, source) == expected[order]
 
 
@@ -110,3 +112,8 @@ def test_a_wrong_configuration_names_field_value_and_limit(old, new, message, tm
     path.write_text(text.replace(old, new))
     with pytest.raises(ValueError, match=message):
         run.train("sequences-copy", directory=tmp_path / "run", config_file=path)
+
+
+def test_no_more_letters_can_be_sorted_than_there_are():
+    with pytest.raises(ValueError, match="max_longer_length is 27; only 26 letters differ"):
+        replace(config_of("sort"), max_longer_length=27)
