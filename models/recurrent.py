@@ -169,9 +169,7 @@ class Recurrent(Model):
         outputs = [embedded.new_empty(len(token_ids), 0, self.config.d_decoder)]
         weights = [state.tensors["memory"].new_empty(len(token_ids), 0, state.tensors["memory"].shape[1])]
         for position in range(chunk.num_tokens):
-            step = self.decoder(
-                embedded[:, position], past, state.tensors, memory_valid, need_weights=need_weights
-            )  # fmt: skip
+            step = self.decoder(embedded[:, position], past, state.tensors, memory_valid, need_weights=need_weights)
             goes_on = chunk.valid[:, position, None]
             past = {name: torch.where(goes_on, new, past[name]) for name, new in step.present.items()}
             outputs.append(step.output[:, None])

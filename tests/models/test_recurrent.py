@@ -50,9 +50,7 @@ class TestEncoder:
             nn.GRU(5, 4, bidirectional=True, batch_first=True).double(),
         )
         for ours, suffix in ((encoder.onward, ""), (encoder.returning, "_reverse")):
-            ours.load_state_dict(
-                {name: reference.state_dict()[name + suffix] for name, _ in ours.named_parameters()}
-            )  # fmt: skip
+            ours.load_state_dict({name: reference.state_dict()[name + suffix] for name, _ in ours.named_parameters()})
         x, lengths = torch.randn(4, 9, 5, dtype=torch.float64), torch.tensor([9, 1, 4, 6])
         packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
         expected, _ = nn.utils.rnn.pad_packed_sequence(reference(packed)[0], batch_first=True)
@@ -97,9 +95,7 @@ def test_it_equals_its_equations_written_out_for_one_row_and_token_at_a_time(dec
         "general": lambda s, h: s @ score.query.weight.T @ h,
         "mean": lambda s, h: torch.zeros((), dtype=torch.float64),
     }
-    fit = formulas.get(
-        attention, lambda s, h: score.weight @ torch.tanh(score.query.weight @ s + score.key.weight @ h)
-    )  # fmt: skip
+    fit = formulas.get(attention, lambda s, h: score.weight @ torch.tanh(score.query.weight @ s + score.key.weight @ h))
     memory = model.encode(source_ids, lengths)
     for row in (0, 1, 3):
         places = memory[row, : lengths[row]]
