@@ -125,7 +125,8 @@ def save(model: TrainedModel, directory: str | Path, *, half: bool = False) -> N
             "data": model.data,
         }
         (scratch / CONFIG).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        scratch.chmod(0o755)  # mkdtemp makes directories private
+        scratch.chmod(0o755)  # mkdtemp makes directories private, and save_file files
+        (scratch / WEIGHTS).chmod(0o644)
         if directory.exists():
             retired = scratch.with_name(f"{scratch.name}-old")
             os.rename(directory, retired)

@@ -11,7 +11,8 @@ from models.training.pairs import END, PAD, SPECIAL_TOKENS, START
 
 def character_tokenizer(texts: Iterable[str], *, lowercase: bool = False) -> Tokenizer:
     """Return a tokenizer that knows every character of `texts`; others become the padding token, which is ignored."""
-    tokenizer = _word_level(sorted({character for text in texts for character in text}))
+    known = (text.lower() if lowercase else text for text in texts)
+    tokenizer = _word_level(sorted({character for text in known for character in text}))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = Fuse()
     if lowercase:

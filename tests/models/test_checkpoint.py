@@ -144,3 +144,9 @@ def test_half_precision_takes_half_the_space_and_is_read_as_float32(tmp_path):
     for name, tensor in checkpoint.load(tmp_path / "half").module.state_dict().items():
         assert tensor.dtype is torch.float32
         assert torch.equal(tensor, model.module.state_dict()[name].half().float())
+
+
+def test_a_server_that_runs_as_somebody_else_can_read_it(tmp_path):
+    checkpoint.save(trained_model(), tmp_path / "model")
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o755
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in (tmp_path / "model").iterdir())
