@@ -186,5 +186,5 @@ class VisionTransformer(Model):
 
     def _embed(self, image: Tensor) -> tuple[Tensor, Chunk]:
         x = self.patch_embedding(image)
-        x = self.dropout(torch.cat((self.class_token.expand(len(x), 1, -1), x), 1))
+        x = self.dropout(torch.cat((self.class_token.expand(x.shape[0], 1, -1), x), 1))
         return x, Chunk.of(x[..., 0])

@@ -66,7 +66,7 @@ def most_likely(weights: Tensor) -> Choice:
 
 def take(values: Tensor, index: Tensor) -> Tensor:
     """Return the chosen values (B, ...) of values (B, S, ...), by index (B,): nothing is read of any other place."""
-    return values[torch.arange(len(values), device=values.device), index]
+    return values[torch.arange(values.shape[0], device=values.device), index]
 
 
 def gumbel_straight_through(

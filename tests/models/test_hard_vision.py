@@ -120,6 +120,12 @@ def test_the_mean_gradient_of_all_looks_is_that_of_the_expected_loss():
     assert expected[0].abs().max() > 0  # the glance is taught
 
 
+def test_an_exported_model_takes_any_number_of_images():
+    model = model_of()
+    exported = torch.export.export(model, (images(3),), dynamic_shapes=({0: torch.export.Dim("rows")},)).module()
+    torch.testing.assert_close(exported(images(5)), model(images(5)), rtol=1e-5, atol=1e-5)
+
+
 def test_a_checkpoint_brings_the_model_back(tmp_path):
     trained = TrainedModel(
         module=model_of(), tokenizer=None, source="a test", licence="Apache-2.0", labels=("a", "b", "c")

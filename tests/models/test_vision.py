@@ -187,6 +187,12 @@ def test_a_checkpoint_brings_the_classifier_back(tmp_path):
     assert not isinstance(loaded.module, Captioner)
 
 
+def test_an_exported_classifier_takes_any_number_of_images():
+    model = classifier()
+    exported = torch.export.export(model, (images(3),), dynamic_shapes=({0: torch.export.Dim("rows")},)).module()
+    torch.testing.assert_close(exported(images(5)), model(images(5)), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
