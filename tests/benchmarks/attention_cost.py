@@ -185,7 +185,7 @@ def plot(times: dict[str, dict[int, float]], memory: dict[str, dict[int, float]]
         axis.set(xlabel="tokens", ylabel=label)
         axis.grid(visible=True, which="major", alpha=0.3)
     axes[0].legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 def table(series: dict[str, dict[int, float]], lengths: Sequence[int], unit: str) -> None:
