@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from models.config import from_table
 from models.families import FAMILIES, family_of
 from models.model import Model
-from models.training.config import from_table
 
 FORMAT = "attendant-checkpoint-2"
 CONFIG = "config.json"

@@ -19,8 +19,9 @@ from models import checkpoint
 from models.beam import BeamSearch, search
 from models.captioner import Captioner, CaptionerConfig
 from models.checkpoint import TrainedModel
+from models.config import ConfigError
 from models.training.characters import tokenizer_info, word_tokenizer
-from models.training.config import ConfigError, OptimiserConfig, RunConfig
+from models.training.config import OptimiserConfig, RunConfig
 from models.training.digits import SIZE, WORDS, Scenes, read_digits, scenes
 from models.training.loop import Task, train
 from models.training.pairs import END, START, Batch, pad, pair_loss

@@ -16,9 +16,10 @@ from models import checkpoint
 from models.attention.functional import entropy
 from models.beam import BeamSearch, search
 from models.checkpoint import TrainedModel
+from models.config import ConfigError
 from models.recurrent import Recurrent, RecurrentConfig
 from models.training.characters import character_tokenizer, tokenizer_info
-from models.training.config import ConfigError, OptimiserConfig, RunConfig
+from models.training.config import OptimiserConfig, RunConfig
 from models.training.dates import ISO_FIELDS, WrittenDate, written_dates
 from models.training.loop import Task, train
 from models.training.pairs import END, START, Pair, collate, mean_loss, pad, pair_loss, random_batch

@@ -15,9 +15,10 @@ from models import checkpoint
 from models.attention.functional import entropy
 from models.attention.hard import MovingBaseline, reinforce_loss, sample
 from models.checkpoint import TrainedModel
+from models.config import ConfigError
 from models.hard_vision import HardVision, HardVisionConfig, PatchAttention
 from models.model import Model
-from models.training.config import ConfigError, OptimiserConfig, RunConfig
+from models.training.config import OptimiserConfig, RunConfig
 from models.training.digits import SIZE, WORDS, Cluttered, Digits, cluttered, read_digits
 from models.training.loop import Task, train
 from models.vision import VisionTransformer, VisionTransformerConfig

@@ -15,9 +15,10 @@ from tokenizers import Tokenizer
 from models import checkpoint
 from models.beam import BeamSearch, search
 from models.checkpoint import TrainedModel
+from models.config import ConfigError
 from models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from models.training.characters import character_tokenizer, tokenizer_info, word_tokenizer
-from models.training.config import ConfigError, OptimiserConfig, RunConfig
+from models.training.config import OptimiserConfig, RunConfig
 from models.training.edit_distance import edit_distance
 from models.training.loop import Task, train
 from models.training.pairs import END, START, Pair, mean_loss, pad, pair_loss, random_batch

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from models import checkpoint
 from models.checkpoint import TokenizerInfo, TrainedModel
+from models.config import ConfigError, from_table
 from models.decoder import Decoder, DecoderConfig
 from models.training.baselines import bigram_loss, unigram_loss
-from models.training.config import ConfigError, OptimiserConfig, RunConfig, from_table
+from models.training.config import OptimiserConfig, RunConfig
 from models.training.loop import Task, train
 from models.training.text import (
     END_OF_TEXT,

@@ -20,12 +20,13 @@ from torch import Tensor
 from models import checkpoint
 from models.checkpoint import TokenizerInfo, TrainedModel
 from models.checks import check_choices, check_integers
+from models.config import ConfigError, from_table
 from models.decoder import Decoder, DecoderConfig
 from models.encoder import EncoderConfig
 from models.masked_lm import MaskedLanguageModel
 from models.recipes.lm import CHECKPOINT, TextConfig
 from models.training.baselines import two_sided_guesses
-from models.training.config import ConfigError, OptimiserConfig, RunConfig, from_table
+from models.training.config import OptimiserConfig, RunConfig
 from models.training.loop import Task, train
 from models.training.masking import mask_tokens, select
 from models.training.text import END_OF_TEXT, encode_stream, random_windows, read_documents, train_tokenizer

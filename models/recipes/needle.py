@@ -16,8 +16,9 @@ from torch import Tensor
 
 from models import checkpoint
 from models.checkpoint import TrainedModel
+from models.config import ConfigError
 from models.encoder import Encoder, EncoderConfig
-from models.training.config import ConfigError, OptimiserConfig, RunConfig
+from models.training.config import OptimiserConfig, RunConfig
 from models.training.loop import Task, train
 
 CHECKPOINT = "checkpoint"

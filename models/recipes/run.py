@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from models import checkpoint
-from models.training.config import ConfigError, from_table
+from models.config import ConfigError, from_table
 
 RECIPES = (
     "caption",

@@ -9,8 +9,8 @@ import torch
 from tokenizers import Tokenizer
 
 from models import checkpoint
+from models.config import ConfigError, from_table
 from models.recipes import caption, run
-from models.training.config import ConfigError, from_table
 from models.training.digits import WORDS, Scenes, read_digits, scenes
 from models.training.pairs import END, PAD, START
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from models import checkpoint
+from models.config import ConfigError, from_table
 from models.recipes import dates, run
-from models.training.config import ConfigError, from_table
 from models.training.dates import FORMATS, ISO_FIELDS, MONTHS, write, written_dates, years
 
 RECIPES = Path(dates.__file__).parent

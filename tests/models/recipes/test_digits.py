@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from models import checkpoint
+from models.config import ConfigError, from_table
 from models.hard_vision import HardVision
 from models.recipes import digits, run
 from models.training import loop
-from models.training.config import ConfigError, from_table
 from models.training.digits import FRAGMENT, cluttered, join_cells, read_digits, scenes
 from models.vision import VisionTransformer, split_patches
 

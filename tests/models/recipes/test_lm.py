@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from models import checkpoint
+from models.config import ConfigError
 from models.generate import greedy
 from models.recipes import lm, run
 from models.training import loop
-from models.training.config import ConfigError
 from models.training.metrics import MetricsLog
 
 CONFIG = """
@@ -175,7 +175,7 @@ def test_the_committed_recipe_and_its_text_fit_together():
     from pathlib import Path
     from tomllib import loads
 
-    from models.training.config import from_table
+    from models.config import from_table
     from models.training.text import read_documents
 
     config = from_table(lm.LmConfig, loads(Path(lm.__file__).with_suffix(".toml").read_text()))

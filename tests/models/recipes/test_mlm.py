@@ -9,10 +9,10 @@ import torch
 from tokenizers import Tokenizer
 
 from models import checkpoint
+from models.config import ConfigError, from_table
 from models.decoder import Decoder
 from models.masked_lm import MaskedLanguageModel
 from models.recipes import mlm, run
-from models.training.config import ConfigError, from_table
 
 CONFIG = """
 evaluation_windows = 12

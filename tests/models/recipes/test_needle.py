@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from models import checkpoint
+from models.config import ConfigError, from_table
 from models.recipes import needle, run
-from models.training.config import ConfigError, from_table
 
 RECIPE = needle.__file__.removesuffix(".py")
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from models import checkpoint
+from models.config import from_table
 from models.recipes import run, sequences
-from models.training.config import from_table
 
 ORDERS = ("copy", "reverse", "sort")
 
