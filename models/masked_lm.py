@@ -39,9 +39,7 @@ class MaskedLanguageModel(Model):
         initialise(self.head, config.stack.num_layers)
         self.tie()
 
-    def forward(
-        self, token_ids: Tensor, lengths: Tensor | None = None, *, segment_ids: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, token_ids: Tensor, lengths: Tensor | None = None, *, segment_ids: Tensor | None = None) -> Tensor:
         """Return logits (B, S, V); arguments are those of `Encoder`, and logits of padding mean nothing."""
         return self.head(self.encoder(token_ids, lengths, segment_ids=segment_ids))
 
