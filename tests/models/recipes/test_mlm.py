@@ -134,3 +134,10 @@ def test_a_wrong_configuration_names_field_value_and_limit(old, new, message, tm
     path.write_text(text.replace(old, new))
     with pytest.raises(ValueError, match=message):
         run.train("mlm", directory=tmp_path / "run", config_file=path)
+
+
+@pytest.mark.slow
+def test_the_committed_checkpoint_is_right_more_often_than_counting():
+    figures = run.evaluate(Path(mlm.__file__).parents[1] / "checkpoints" / "mlm")
+    assert figures["masked_accuracy"] == pytest.approx(0.663, abs=0.002)
+    assert figures["masked_accuracy"] > 0.596 + 0.05  # what stands most often between the same two neighbours
