@@ -1,5 +1,6 @@
 """A real gRPC server on a real socket whose answers a test writes."""
 
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -140,6 +141,12 @@ class Script(InferenceServiceServicer, ModelServiceServicer):
                 return model_service_pb2.GetModelResponse(model=model)
         info = error_details_pb2.ErrorInfo(reason="MODEL_NOT_FOUND", domain="attendant")
         context.abort_with_status(refusal(grpc.StatusCode.NOT_FOUND, f"no model {request.model!r}", info))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Let the commands under test be interrupted, even where a shell has put all of this into the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
