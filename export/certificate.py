@@ -5,7 +5,7 @@ longer is left out of a grid. An 8-bit graph is not held to a bound on logits, b
 them by several units: its arithmetic must be exact, and the text it is asked about nearly as likely as to the decoder.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from attendant.bundle import Certificate, Check, Quality
 from export.errors import ExportRefused
 from export.integers import exactness_check
 from export.likelihood import compare_quality, text_log_likelihoods
+from export.parts import Report
 from export.runner import Runner
 from export.text import QUALITY
 from models.decoder import Decoder
@@ -49,9 +50,7 @@ class Oracle:
             return self._decoder(torch.from_numpy(text)[None])[0].numpy()
 
 
-def certify(
-    precision: str, graph: Path, runner: Runner, decoder: Decoder, text: Tokens, report: Callable[[str], None]
-) -> Certificate:
+def certify(precision: str, graph: Path, runner: Runner, decoder: Decoder, text: Tokens, report: Report) -> Certificate:
     """Run every check of a precision.
 
     Args:
@@ -66,26 +65,37 @@ def certify(
         ExportRefused: checks failed; the message says which and by how much.
     """
     oracle = Oracle(decoder)
-    checks, failures, quality = [], [], None
-    for check in _checks(precision, graph, runner, oracle, text):
+    checks = run_checks(_checks(precision, graph, runner, oracle, text), report)
+    if precision != "int8":
+        return Certificate(checks=checks)
+    quality = _quality(runner, oracle, text)
+    line = (
+        f"perplexity on {quality.num_tokens} tokens: {quality.perplexity:.3f} against"
+        f" {quality.reference_perplexity:.3f}, {quality.relative_increase:+.2%} with a standard error of"
+        f" {quality.standard_error:.2%}, allowed {quality.bound:+.2%}"
+    )
+    report(f"  {line}")
+    if not quality.relative_increase <= quality.bound:
+        raise ExportRefused(f"the certificate failed: {line}")
+    return Certificate(checks=checks, quality=quality)
+
+
+def run_checks(checks: Iterable[Check], report: Report) -> tuple[Check, ...]:
+    """Make every check, report each, and return them.
+
+    Raises:
+        ExportRefused: some failed; the message says which and by how much.
+    """
+    made, failures = [], []
+    for check in checks:
         line = f"{check.name}: {check.measured:.3g}, allowed {check.bound:g} ({check.grid})"
         report(f"  {line}")
-        checks.append(check)
+        made.append(check)
         if not check.passed:
-            failures.append(line)
-    if precision == "int8" and not failures:
-        quality = _quality(runner, oracle, text)
-        line = (
-            f"perplexity on {quality.num_tokens} tokens: {quality.perplexity:.3f} against"
-            f" {quality.reference_perplexity:.3f}, {quality.relative_increase:+.2%} with a standard error of"
-            f" {quality.standard_error:.2%}, allowed {quality.bound:+.2%}"
-        )
-        report(f"  {line}")
-        if not quality.relative_increase <= quality.bound:
             failures.append(line)
     if failures:
         raise ExportRefused("the certificate failed: " + "; ".join(failures))
-    return Certificate(checks=tuple(checks), quality=quality)
+    return tuple(made)
 
 
 def _checks(precision: str, graph: Path, runner: Runner, oracle: Oracle, text: Tokens) -> Iterator[Check]:

@@ -9,7 +9,7 @@ from attendant.bundle import Limits
 from export import manifest as describe
 from export.calibration import measure_sizes
 from export.certificate import NUM_ROWS, certify
-from export.errors import ExportRefused
+from export.errors import ExportRefused, refuse_others
 from export.golden import record_golden
 from export.graph import StepGraph
 from export.linear import FLOAT_KERNELS, INTEGER_KERNELS
@@ -67,9 +67,7 @@ def export_decoder(
 
 def _refuse_unfit(config: DecoderConfig) -> None:
     known = {"attention": "softmax", "window": None, "qk_norm": False, "softcap": None, "norm_first": True}
-    for field, value in (known | {"scale_embeddings": False}).items():
-        if getattr(config, field) != value:
-            raise ExportRefused(f"{field} is {getattr(config, field)!r}: export knows decoders with {value!r} only")
+    refuse_others("decoders", config, known | {"scale_embeddings": False})
     if config.positions in ("alibi", "none"):
         raise ExportRefused(f"positions is {config.positions!r}: export knows rotary, learned and sinusoidal")
     multiple = 16 if config.positions == "rotary" else 8

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from export import operators
+from export.layers import Norm, activate
 from export.linear import Kernels
-from export.weights import Affine, NormWeights
+from export.weights import affine, norm_weights
 from models.encoder import Encoder, StackConfig
 from models.transformer import TransformerLayer
 
@@ -25,7 +26,7 @@ class EncodeGraph(nn.Module):
         self.config = config
         self.token_embedding = kernels.embedding(encoder.token_embedding.weight.detach())
         self.register_buffer("added", _added(encoder))
-        self.embedding_norm = _Norm(encoder.embedding_norm) if config.embedding_norm else nn.Identity()
+        self.embedding_norm = _norm(encoder.embedding_norm) if config.embedding_norm else nn.Identity()
         self.layers = nn.ModuleList(_Layer(layer, kernels, config.stack) for layer in encoder.stack.layers)
 
     def forward(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
@@ -43,25 +44,6 @@ class EncodeGraph(nn.Module):
         return hidden.reshape(rows, tokens, -1)
 
 
-class _Norm(nn.Module):
-    """A layer norm, alone or after a residual addition."""
-
-    def __init__(self, norm: nn.LayerNorm) -> None:
-        super().__init__()
-        self.eps = norm.eps
-        weights = NormWeights(gain=norm.weight.detach(), bias=norm.bias.detach())
-        self.register_buffer("gain", weights.gain)
-        self.register_buffer("bias", weights.bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Normalise [T, E]."""
-        return operators.norm(hidden, self.gain, self.bias, self.eps)
-
-    def after(self, update: Tensor, hidden: Tensor) -> Tensor:
-        """Add two [T, E] and normalise the sum."""
-        return operators.skip_norm(update, hidden, self.gain, self.bias, self.eps)[0]
-
-
 class _Layer(nn.Module):
     """Attention and feed-forward, each followed by a norm of the sum."""
 
@@ -69,13 +51,13 @@ class _Layer(nn.Module):
         super().__init__()
         self.config = config
         attention, feed_forward = layer.attention, layer.feed_forward
-        maps = [_affine(each) for each in (attention.query, attention.key, attention.value)]
+        maps = [affine(each) for each in (attention.query, attention.key, attention.value)]
         self.query_key_value = kernels.context(maps)
-        self.output = kernels.context([_affine(attention.output)])
-        self.attention_norm = _Norm(layer.attention_norm)
-        self.up = kernels.context([_affine(feed_forward.up)])
-        self.down = kernels.hidden([_affine(feed_forward.down)])
-        self.feed_forward_norm = _Norm(layer.feed_forward_norm)
+        self.output = kernels.context([affine(attention.output)])
+        self.attention_norm = _norm(layer.attention_norm)
+        self.up = kernels.context([affine(feed_forward.up)])
+        self.down = kernels.hidden([affine(feed_forward.down)])
+        self.feed_forward_norm = _norm(layer.feed_forward_norm)
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Map [T, E] to [T, E] under a mask [B, 1, S, S]."""
@@ -83,22 +65,14 @@ class _Layer(nn.Module):
         query, key, value = (each.reshape(rows, tokens, -1) for each in self.query_key_value(hidden))
         context = operators.attention(query, key, value, mask, num_heads=self.config.num_heads)
         (update,) = self.output(context.reshape(rows * tokens, -1))
-        hidden = self.attention_norm.after(update, hidden)
+        hidden, _ = self.attention_norm.after(update, hidden)
         (inner,) = self.up(hidden)
-        (update,) = self.down(_activate(inner, self.config.activation))
-        return self.feed_forward_norm.after(update, hidden)
+        (update,) = self.down(activate(self.config.activation, inner))
+        return self.feed_forward_norm.after(update, hidden)[0]
 
 
-def _activate(hidden: Tensor, activation: str) -> Tensor:
-    match activation:
-        case "gelu":
-            return nn.functional.gelu(hidden)
-        case "gelu_tanh":
-            return nn.functional.gelu(hidden, approximate="tanh")
-        case "relu":
-            return nn.functional.relu(hidden)
-        case unknown:
-            raise ValueError(f"activation is {unknown!r}: an encoder's export knows gelu, gelu_tanh and relu")
+def _norm(norm: nn.LayerNorm) -> Norm:
+    return Norm(norm_weights(norm), norm.eps)
 
 
 def _added(encoder: Encoder) -> Tensor | None:
@@ -110,7 +84,3 @@ def _added(encoder: Encoder) -> Tensor | None:
         segment = encoder.segment_embedding.weight[:1].detach()
         added = segment.expand(encoder.config.max_source_len, -1).clone() if added is None else added + segment
     return added
-
-
-def _affine(linear: nn.Linear) -> Affine:
-    return Affine(weight=linear.weight.detach(), bias=None if linear.bias is None else linear.bias.detach())

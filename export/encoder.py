@@ -27,8 +27,11 @@ from attendant.bundle import (
     TensorSpec,
 )
 from attendant.processor import processor_features
+from export.certificate import PARITY_BOUND, relative_error, run_checks
 from export.encode_graph import EncodeGraph
-from export.errors import ExportRefused
+from export.errors import ExportRefused, refuse_others
+from export.golden import BOUND as GOLDEN_BOUND
+from export.golden import FILE as GOLDEN_FILE
 from export.integers import exactness_check
 from export.linear import FLOAT_KERNELS, MIXED_KERNELS
 from export.onnx_export import write_encode_graph
@@ -39,8 +42,6 @@ from models.checkpoint import TrainedModel
 from models.encoder import Encoder, EncoderConfig
 
 GRAPH_FILE = "encode.onnx"
-GOLDEN_FILE = "golden.npz"
-PARITY_BOUND = 1e-4
 COSINE_BOUND = 1e-3
 _LENGTHS = (1, 2, 3, 16, 17, 64, 191)
 _BATCHES = (2, 5, 8)
@@ -75,14 +76,15 @@ def export_encoder(
     write_encode_graph(EncodeGraph(encoder, kernels), directory / GRAPH_FILE)
     graph = EncodeRunner(directory / GRAPH_FILE)
     report("checking the graph against the encoder")
-    certificate = _certify(directory / GRAPH_FILE, graph, encoder, precision, max_model_len, text, report)
+    checks = _checks(directory / GRAPH_FILE, graph, encoder, precision, max_model_len, text)
+    certificate = Certificate(checks=run_checks(checks, report))
     assert model.embedding is not None
     return Parts(
         family="encoder",
         tasks=("embed",),
         limits=Limits(max_model_len=max_model_len),
         graphs=(_spec(encoder.config),),
-        golden=_record_golden(directory, graph, text, precision),
+        golden=_record_golden(directory, graph, text, precision, max_model_len),
         certificate=certificate,
         embedding=Embedding(
             pooling=model.embedding.pooling,
@@ -118,32 +120,8 @@ def _refuse_unfit(model: TrainedModel) -> None:
     if model.embedding is None:
         raise ExportRefused("the checkpoint does not say how to embed a text (pooling): nothing is served of it")
     known = {"attention": "softmax", "window": None, "positions": "none", "norm": "layer", "norm_first": False}
-    for field, value in (known | {"qk_norm": False}).items():
-        if getattr(stack, field) != value:
-            raise ExportRefused(f"{field} is {getattr(stack, field)!r}: export knows encoders with {value!r} only")
-    if config.scale_embeddings:
-        raise ExportRefused("scale_embeddings is true: export knows encoders without")
-
-
-def _certify(
-    path: Path,
-    graph: EncodeRunner,
-    encoder: Encoder,
-    precision: str,
-    max_model_len: int,
-    text: Tokens,
-    report: Report,
-) -> Certificate:
-    checks, failures = [], []
-    for check in _checks(path, graph, encoder, precision, max_model_len, text):
-        line = f"{check.name}: {check.measured:.3g}, allowed {check.bound:g} ({check.grid})"
-        report(f"  {line}")
-        checks.append(check)
-        if not check.passed:
-            failures.append(line)
-    if failures:
-        raise ExportRefused("the certificate failed: " + "; ".join(failures))
-    return Certificate(checks=tuple(checks))
+    refuse_others("encoders", stack, known | {"qk_norm": False})
+    refuse_others("encoders", config, {"scale_embeddings": False})
 
 
 def _checks(
@@ -200,24 +178,18 @@ def oracle(encoder: Encoder, row: Tokens) -> Vectors:
         return encoder(torch.from_numpy(row)[None])[0].numpy()
 
 
-def relative_error(measured: Vectors, expected: Vectors) -> float:
-    """Return max |a - b| / max |a|, or infinity where anything is not finite."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        error = np.abs(measured - expected).max() / np.abs(expected).max()
-    return float(error) if np.isfinite(error) else float("inf")
-
-
-def _record_golden(directory: Path, graph: EncodeRunner, text: Tokens, precision: str) -> Golden:
-    rows = [text[index : index + length] for index, length in enumerate(_GOLDEN_LENGTHS)]
+def _record_golden(directory: Path, graph: EncodeRunner, text: Tokens, precision: str, max_model_len: int) -> Golden:
+    lengths = [min(length, max_model_len) for length in _GOLDEN_LENGTHS]
+    rows = [text[index : index + length] for index, length in enumerate(lengths)]
     np.savez(
         directory / GOLDEN_FILE,
         token_ids=np.concatenate(rows),
-        lengths=np.array(_GOLDEN_LENGTHS, np.int64),
+        lengths=np.array(lengths, np.int64),
         hidden=np.concatenate([graph([row])[0] for row in rows]),
     )
     return Golden(
         file=GOLDEN_FILE,
-        bound=PARITY_BOUND,
+        bound=GOLDEN_BOUND,
         cosine_bound=COSINE_BOUND,
         bitwise=precision == "int8",
         bitwise_on=processor_features(),

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from export import operators
+from export.layers import Norm, activate
 from export.linear import Kernels
-from export.weights import DecoderWeights, LayerWeights, NormWeights, pack
+from export.weights import DecoderWeights, LayerWeights, pack
 from models.attention.positions import Rotary
 from models.decoder_config import DecoderConfig
 
@@ -48,7 +49,7 @@ class StepGraph(nn.Module):
         self.register_buffer("cosines", cosines)
         self.register_buffer("sines", sines)
         self.layers = nn.ModuleList(_Layer(layer, kernels, self.config) for layer in weights.layers)
-        self.final_norm = _Norm(weights.final_norm, self.config.norm_eps)
+        self.final_norm = Norm(weights.final_norm, self.config.norm_eps)
         self.lm_head = kernels.logits([weights.lm_head])
 
     def forward(
@@ -97,34 +98,16 @@ class StepGraph(nn.Module):
         return hidden + self.positions.index_select(0, position.reshape(-1))
 
 
-class _Norm(nn.Module):
-    """An RMS norm, or with a bias a layer norm."""
-
-    def __init__(self, norm: NormWeights, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.register_buffer("gain", norm.gain)
-        self.register_buffer("bias", norm.bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Normalise [T, E]."""
-        return operators.norm(hidden, self.gain, self.bias, self.eps)
-
-    def after(self, update: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Add `update` to the residual stream `hidden`; return the sum, normalised and as it is."""
-        return operators.skip_norm(update, hidden, self.gain, self.bias, self.eps)
-
-
 class _Layer(nn.Module):
     """Attention and feed-forward, between norms that are fused with the residual additions."""
 
     def __init__(self, layer: LayerWeights, kernels: Kernels, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.attention_norm = _Norm(layer.attention_norm, config.norm_eps)
+        self.attention_norm = Norm(layer.attention_norm, config.norm_eps)
         self.query_key_value = kernels.normalised([pack(layer.query, layer.key, layer.value)])
         self.output = kernels.context([layer.output])
-        self.feed_forward_norm = _Norm(layer.feed_forward_norm, config.norm_eps)
+        self.feed_forward_norm = Norm(layer.feed_forward_norm, config.norm_eps)
         # Two products rather than one and a Split, whose copy costs more than it saves.
         self.up = kernels.normalised([layer.up] if layer.gate is None else [layer.gate, layer.up])
         self.down = kernels.hidden([layer.down])
@@ -146,25 +129,12 @@ class _Layer(nn.Module):
         )
         return context.reshape(-1, context.shape[2]), (key, value)
 
-    def advance(self, context: Tensor, hidden: Tensor, next_norm: _Norm) -> tuple[Tensor, Tensor]:
+    def advance(self, context: Tensor, hidden: Tensor, next_norm: Norm) -> tuple[Tensor, Tensor]:
         """Finish the layer; return the input of the next one, normalised and as it is."""
         (update,) = self.output(context)
         normalised, hidden = self.feed_forward_norm.after(update, hidden)
-        (update,) = self.down(self._activate(*self.up(normalised)))
+        (update,) = self.down(activate(self.config.activation, *self.up(normalised)))
         return next_norm.after(update, hidden)
-
-    def _activate(self, hidden: Tensor, up: Tensor | None = None) -> Tensor:
-        match self.config.activation:
-            case "swiglu":
-                return operators.silu(hidden) * up
-            case "gelu":
-                return nn.functional.gelu(hidden)
-            case "gelu_tanh":
-                return nn.functional.gelu(hidden, approximate="tanh")
-            case "relu":
-                return nn.functional.relu(hidden)
-            case unknown:
-                raise ValueError(f"activation is {unknown!r}: export knows swiglu, gelu, gelu_tanh and relu")
 
 
 def _rotation(config: DecoderConfig, max_model_len: int) -> tuple[Tensor | None, Tensor | None]:

@@ -71,7 +71,7 @@ class DecoderWeights:
 def decoder_weights(decoder: Decoder) -> DecoderWeights:
     """Return the decoder's own tensors; nothing is copied."""
     token_embedding = decoder.token_embedding.weight.detach()
-    lm_head = _affine(decoder.lm_head)
+    lm_head = affine(decoder.lm_head)
     if decoder.config.tie_embeddings:
         # One object, not two views of one memory: the exporter stores tensors by identity.
         lm_head = replace(lm_head, weight=token_embedding)
@@ -80,7 +80,7 @@ def decoder_weights(decoder: Decoder) -> DecoderWeights:
         token_embedding=token_embedding,
         positions=_positions(decoder),
         layers=tuple(_layer(layer) for layer in decoder.layers),
-        final_norm=_norm(decoder.final_norm),
+        final_norm=norm_weights(decoder.final_norm),
         lm_head=lm_head,
     )
 
@@ -94,21 +94,23 @@ def _positions(decoder: Decoder) -> Tensor | None:
 def _layer(layer: TransformerLayer) -> LayerWeights:
     attention, feed_forward = layer.attention, layer.feed_forward
     return LayerWeights(
-        attention_norm=_norm(layer.attention_norm),
-        query=_affine(attention.query),
-        key=_affine(attention.key),
-        value=_affine(attention.value),
-        output=_affine(attention.output),
-        feed_forward_norm=_norm(layer.feed_forward_norm),
-        gate=None if feed_forward.gate is None else _affine(feed_forward.gate),
-        up=_affine(feed_forward.up),
-        down=_affine(feed_forward.down),
+        attention_norm=norm_weights(layer.attention_norm),
+        query=affine(attention.query),
+        key=affine(attention.key),
+        value=affine(attention.value),
+        output=affine(attention.output),
+        feed_forward_norm=norm_weights(layer.feed_forward_norm),
+        gate=None if feed_forward.gate is None else affine(feed_forward.gate),
+        up=affine(feed_forward.up),
+        down=affine(feed_forward.down),
     )
 
 
-def _affine(linear: nn.Linear) -> Affine:
+def affine(linear: nn.Linear) -> Affine:
+    """Return the tensors of a linear layer."""
     return Affine(weight=linear.weight.detach(), bias=None if linear.bias is None else linear.bias.detach())
 
 
-def _norm(norm: nn.Module) -> NormWeights:
+def norm_weights(norm: nn.Module) -> NormWeights:
+    """Return the tensors of a norm."""
     return NormWeights(gain=norm.weight.detach(), bias=None if norm.bias is None else norm.bias.detach())

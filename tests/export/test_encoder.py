@@ -82,3 +82,12 @@ def test_an_encoder_that_does_not_say_how_to_embed_is_refused(tiny_encoder, tmp_
     model = replace(tiny_encoder, embedding=None)
     with pytest.raises(ExportRefused, match="does not say how to embed"):
         export_bundle(model, Target(repository=tmp_path, name="x", version=1), precision="fp32", report=print)
+
+
+def test_an_encoder_of_few_positions_can_be_exported(tiny_encoder, tmp_path):
+    config = replace(tiny_encoder.module.config, max_source_len=20)
+    model = replace(tiny_encoder, module=Encoder(config).eval())
+    manifest = export_bundle(
+        model, Target(repository=tmp_path, name="short", version=1), precision="fp32", report=lambda line: None
+    )
+    assert manifest.limits.max_model_len == 20
