@@ -25,3 +25,10 @@ def check_choices(config: Any, **choices: Collection[str]) -> None:
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name} is {getattr(config, name)!r}; it must be one of {', '.join(allowed)}")
+
+
+def check_shares(config: Any, *names: str) -> None:
+    """Check that the named fields lie in [0, 1)."""
+    for name in names:
+        if not 0.0 <= getattr(config, name) < 1.0:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must lie in [0, 1)")

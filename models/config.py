@@ -1,9 +1,11 @@
 """Configurations from tables: TOML or JSON into frozen dataclasses, in which an unknown name is an error."""
 
 import dataclasses
+import tomllib
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -11,6 +13,18 @@ T = TypeVar("T")
 
 class ConfigError(ValueError):
     """A recipe's configuration is wrong; the message names the field."""
+
+
+def from_file(cls: type[T], path: Path) -> T:
+    """Build the dataclass `cls` from a TOML file.
+
+    Raises:
+        ConfigError: the file is no TOML, or see `from_table`; the message names the file.
+    """
+    try:
+        return from_table(cls, tomllib.loads(path.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, ConfigError) as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def from_table(cls: type[T], table: Mapping[str, Any], path: str = "") -> T:

@@ -19,12 +19,13 @@ from models import checkpoint
 from models.beam import BeamSearch, search
 from models.captioner import Captioner, CaptionerConfig
 from models.checkpoint import TrainedModel
+from models.checks import check_shares
 from models.config import ConfigError
 from models.training.characters import tokenizer_info, word_tokenizer
 from models.training.config import OptimiserConfig, RunConfig
 from models.training.digits import SIZE, WORDS, Scenes, read_digits, scenes
 from models.training.loop import Task, train
-from models.training.pairs import END, START, Batch, pad, pair_loss
+from models.training.pairs import END, START, Batch, inputs_and_labels, pair_loss
 from models.vision import split_patches
 
 CHECKPOINT = "checkpoint"
@@ -44,8 +45,7 @@ class CaptionConfig:
     distortion: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout is {self.dropout}; it must lie in [0, 1)")
+        check_shares(self, "dropout")
         if not self.distortion >= 0.0:
             raise ConfigError(f"distortion is {self.distortion}; it must be at least 0")
         encoder, decoder = self.model.encoder, self.model.decoder
@@ -151,9 +151,8 @@ def write(trained: TrainedModel, images: Tensor, *, width: int = 1) -> list[str]
 def collate(drawn: Scenes, tokenizer: Tokenizer, num_patches: int) -> Batch:
     """Put scenes and their captions into one batch."""
     captions = [tokenizer.encode(describe(cells)).ids for cells in drawn.cells.tolist()]
-    inputs, _ = pad([(START, *caption) for caption in captions])
-    labels, _ = pad([(*caption, END) for caption in captions])
-    return Batch(drawn.images, torch.full((len(captions),), num_patches), inputs, labels)
+    lengths = torch.full((len(captions),), num_patches)
+    return Batch(drawn.images, lengths, *inputs_and_labels(captions))
 
 
 def cell_accuracy(model: Captioner, tokenizer: Tokenizer, drawn: Scenes, batch: Batch) -> float:

@@ -16,6 +16,7 @@ from models import checkpoint
 from models.attention.functional import entropy
 from models.beam import BeamSearch, search
 from models.checkpoint import TrainedModel
+from models.checks import check_shares
 from models.config import ConfigError
 from models.recurrent import Recurrent, RecurrentConfig
 from models.training.characters import character_tokenizer, tokenizer_info
@@ -43,8 +44,7 @@ class DatesConfig:
     def __post_init__(self) -> None:
         if self.training_dates < 1:
             raise ConfigError(f"training_dates is {self.training_dates}; it must be at least 1")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout is {self.dropout}; it must lie in [0, 1)")
+        check_shares(self, "dropout")
 
 
 CONFIG = DatesConfig

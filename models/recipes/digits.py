@@ -15,6 +15,7 @@ from models import checkpoint
 from models.attention.functional import entropy
 from models.attention.hard import MovingBaseline, reinforce_loss, sample
 from models.checkpoint import TrainedModel
+from models.checks import check_shares
 from models.config import ConfigError
 from models.hard_vision import HardVision, HardVisionConfig, PatchAttention
 from models.model import Model
@@ -57,8 +58,7 @@ class DigitsConfig:
     distortion: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout is {self.dropout}; it must lie in [0, 1)")
+        check_shares(self, "dropout")
         if not self.distortion >= 0.0:
             raise ConfigError(f"distortion is {self.distortion}; it must be at least 0")
         encoder = self.model.encoder

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from models import checkpoint
 from models.beam import BeamSearch, search
 from models.checkpoint import TrainedModel
+from models.checks import check_shares
 from models.config import ConfigError
 from models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from models.training.characters import character_tokenizer, tokenizer_info, word_tokenizer
@@ -42,9 +43,7 @@ class G2pConfig:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("dropout", "label_smoothing"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
+        check_shares(self, "dropout", "label_smoothing")
 
 
 CONFIG = G2pConfig

@@ -4,7 +4,6 @@ Shapes: B windows, T tokens, V vocabulary.
 """
 
 import json
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from models import checkpoint
 from models.checkpoint import TokenizerInfo, TrainedModel
-from models.config import ConfigError, from_table
+from models.checks import check_shares
+from models.config import ConfigError, from_file
 from models.decoder import Decoder, DecoderConfig
 from models.training.baselines import bigram_loss, unigram_loss
 from models.training.config import OptimiserConfig, RunConfig
@@ -63,8 +63,7 @@ class LmConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout is {self.dropout}; it must lie in [0, 1)")
+        check_shares(self, "dropout")
 
 
 CONFIG = LmConfig
@@ -125,8 +124,7 @@ def run(config: LmConfig, directory: Path) -> dict[str, float]:
 
 def evaluate(trained: TrainedModel) -> dict[str, float]:
     """Return the figures on the validation text of lm.toml, whatever text the model was trained on."""
-    path = Path(__file__).with_suffix(".toml")
-    text = from_table(LmConfig, tomllib.loads(path.read_text(encoding="utf-8"))).text
+    text = from_file(LmConfig, Path(__file__).with_suffix(".toml")).text
     held_out = read_documents(text.file)[-text.validation_documents :]
     return figures(trained.module, Validation.of(Tokenizer.from_str(trained.tokenizer.json), held_out))
 

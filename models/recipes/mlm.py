@@ -7,7 +7,6 @@ Shapes: B windows, T tokens, V vocabulary.
 """
 
 import json
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -19,8 +18,8 @@ from torch import Tensor
 
 from models import checkpoint
 from models.checkpoint import TokenizerInfo, TrainedModel
-from models.checks import check_choices, check_integers
-from models.config import ConfigError, from_table
+from models.checks import check_choices, check_integers, check_shares
+from models.config import ConfigError, from_file
 from models.decoder import Decoder, DecoderConfig
 from models.encoder import EncoderConfig
 from models.masked_lm import MaskedLanguageModel
@@ -57,8 +56,7 @@ class MlmConfig:
     def __post_init__(self) -> None:
         check_choices(self, objective=get_args(Objective))
         check_integers(self, 1, "evaluation_windows")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout is {self.dropout}; it must lie in [0, 1)")
+        check_shares(self, "dropout")
 
 
 CONFIG = MlmConfig
@@ -124,7 +122,7 @@ def run(config: MlmConfig, directory: Path) -> dict[str, float]:
 @torch.no_grad()
 def evaluate(trained: TrainedModel) -> dict[str, float]:
     """Return nats and share of right answers at hidden places of the recipe's own validation text."""
-    config = from_table(MlmConfig, tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")))
+    config = from_file(MlmConfig, Path(__file__).with_suffix(".toml"))
     tokenizer = Tokenizer.from_str(trained.tokenizer.json)
     return _judge(trained.module, _places(config, tokenizer, read_documents(config.text.file)))
 

@@ -2,14 +2,13 @@
 
 import importlib
 import json
-import tomllib
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from models import checkpoint
-from models.config import ConfigError, from_table
+from models.config import ConfigError, from_file
 
 RECIPES = (
     "caption",
@@ -71,10 +70,7 @@ def train(
 def configuration(name: str, config_file: Path | None = None) -> Any:
     """Return the configuration of a recipe, from its own file or another; see `train`."""
     path = Path(__file__).with_name(f"{name.replace('-', '_')}.toml") if config_file is None else config_file
-    try:
-        return from_table(_module(name).CONFIG, tomllib.loads(path.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, ConfigError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+    return from_file(_module(name).CONFIG, path)
 
 
 def evaluate(directory: Path) -> dict[str, float]:

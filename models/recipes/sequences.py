@@ -6,7 +6,6 @@ anew for every batch, and judged at the lengths that were trained and at longer 
 Shapes: B sequences, S source tokens, T target tokens.
 """
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from models import checkpoint
 from models.beam import BeamSearch, search
 from models.checkpoint import TrainedModel
 from models.checks import check_choices, check_integers
-from models.config import ConfigError, from_table
+from models.config import ConfigError, from_file
 from models.decoder_config import Attention, DecoderConfig, Positions
 from models.encoder import EncoderConfig, StackConfig
 from models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
@@ -142,7 +141,7 @@ def evaluate(trained: TrainedModel) -> dict[str, float]:
     """Return the figures of `judge`, lengths being those of the recipe's own configuration."""
     order = trained.recipe.partition("-")[2]
     path = Path(__file__).with_name(f"sequences_{order}.toml")
-    config = from_table(SequencesConfig, tomllib.loads(path.read_text(encoding="utf-8")))
+    config = from_file(SequencesConfig, path)
     return judge(trained.module, config.order, config.max_length)
 
 

@@ -45,9 +45,14 @@ def pad(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 def collate(pairs: Sequence[Pair]) -> Batch:
     """Put pairs into one batch."""
     source, source_lengths = pad([pair.source for pair in pairs])
-    inputs, _ = pad([(START, *pair.target) for pair in pairs])
-    labels, _ = pad([(*pair.target, END) for pair in pairs])
-    return Batch(source, source_lengths, inputs, labels)
+    return Batch(source, source_lengths, *inputs_and_labels([pair.target for pair in pairs]))
+
+
+def inputs_and_labels(targets: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return what a decoder reads of targets and what it predicts, as in `Batch`: both (B, T)."""
+    inputs, _ = pad([(START, *target) for target in targets])
+    labels, _ = pad([(*target, END) for target in targets])
+    return inputs, labels
 
 
 def random_batch(pairs: Sequence[Pair], batch_size: int) -> Batch:
