@@ -10,6 +10,7 @@ from models import checkpoint, show
 from models.examples import Example
 from models.readers import gguf, huggingface
 from models.recipes import run
+from models.training.loop import CHECKPOINT
 
 READERS = {"gguf": gguf.read, "huggingface": huggingface.read}
 
@@ -80,7 +81,7 @@ def _train(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         resume=arguments.resume,
     )
-    print(f"checkpoint: {directory / 'checkpoint'}")
+    print(f"checkpoint: {directory / CHECKPOINT}")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

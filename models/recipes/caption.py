@@ -24,11 +24,10 @@ from models.config import ConfigError
 from models.training.characters import tokenizer_info, word_tokenizer
 from models.training.config import OptimiserConfig, RunConfig
 from models.training.digits import SIZE, WORDS, Scenes, read_digits, scenes
-from models.training.loop import Task, train
+from models.training.loop import CHECKPOINT, Task, train
 from models.training.pairs import END, START, Batch, inputs_and_labels, pair_loss
 from models.vision import split_patches
 
-CHECKPOINT = "checkpoint"
 MAX_TOKENS = 13
 """The longest caption, its end included: three digits besides the first, one of them "above left of" it."""
 NUM_TEST_SCENES = 1000

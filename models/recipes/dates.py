@@ -22,10 +22,9 @@ from models.recurrent import Recurrent, RecurrentConfig
 from models.training.characters import character_tokenizer, tokenizer_info
 from models.training.config import OptimiserConfig, RunConfig
 from models.training.dates import ISO_FIELDS, WrittenDate, written_dates
-from models.training.loop import Task, train
+from models.training.loop import CHECKPOINT, Task, train
 from models.training.pairs import END, START, Pair, collate, mean_loss, pad, pair_loss, random_batch
 
-CHECKPOINT = "checkpoint"
 _VALIDATION_DATES = 500
 _TEST_DATES = 2000
 _BATCH = 250

@@ -21,10 +21,9 @@ from models.hard_vision import HardVision, HardVisionConfig, PatchAttention
 from models.model import Model
 from models.training.config import OptimiserConfig, RunConfig
 from models.training.digits import SIZE, WORDS, Cluttered, Digits, cluttered, read_digits
-from models.training.loop import Task, train
+from models.training.loop import CHECKPOINT, Task, train
 from models.vision import VisionTransformer, VisionTransformerConfig
 
-CHECKPOINT = "checkpoint"
 NUM_TEST_PICTURES = 2000
 
 

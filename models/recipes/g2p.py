@@ -21,12 +21,11 @@ from models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from models.training.characters import character_tokenizer, tokenizer_info, word_tokenizer
 from models.training.config import OptimiserConfig, RunConfig
 from models.training.edit_distance import edit_distance
-from models.training.loop import Task, train
+from models.training.loop import CHECKPOINT, Task, train
 from models.training.pairs import END, START, Pair, mean_loss, pad, pair_loss, random_batch
 from models.training.text import DATA
 
 FILE = "cmudict.tsv.gz"
-CHECKPOINT = "checkpoint"
 MAX_PHONEMES = 30
 _WORDS_WHILE_TRAINING = 512
 _SEARCH_BATCH = 64

@@ -14,42 +14,24 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from models import checkpoint
-from models.checkpoint import TokenizerInfo, TrainedModel
+from models.checkpoint import TrainedModel
 from models.checks import check_shares
 from models.config import ConfigError, from_file
 from models.decoder import Decoder, DecoderConfig
 from models.training.baselines import bigram_loss, unigram_loss
 from models.training.config import OptimiserConfig, RunConfig
-from models.training.loop import Task, train
+from models.training.loop import CHECKPOINT, Task, train
 from models.training.text import (
-    END_OF_TEXT,
+    TextConfig,
     consecutive_windows,
     encode_stream,
     random_windows,
-    read_documents,
+    tokenizer_info,
     train_tokenizer,
 )
 
-CHECKPOINT = "checkpoint"
 BASELINES = "baselines.json"
 EVALUATED_AT_ONCE = 16  # windows
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextConfig:
-    """Text, one document per line; the last `validation_documents` are never trained on.
-
-    `file` is a name in models/data or a path. `source` and `licence` go into the checkpoint.
-    """
-
-    file: str
-    validation_documents: int
-    source: str
-    licence: str
-
-    def __post_init__(self) -> None:
-        if self.validation_documents < 1:
-            raise ConfigError(f"validation_documents is {self.validation_documents}; it must be at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +107,7 @@ def run(config: LmConfig, directory: Path) -> dict[str, float]:
 def evaluate(trained: TrainedModel) -> dict[str, float]:
     """Return the figures on the validation text of lm.toml, whatever text the model was trained on."""
     text = from_file(LmConfig, Path(__file__).with_suffix(".toml")).text
-    held_out = read_documents(text.file)[-text.validation_documents :]
+    _, held_out = text.split()
     return figures(trained.module, Validation.of(Tokenizer.from_str(trained.tokenizer.json), held_out))
 
 
@@ -142,10 +124,7 @@ def figures(decoder: Decoder, validation: Validation) -> dict[str, float]:
 
 def _corpus(config: LmConfig, directory: Path) -> Corpus:
     """Read and encode the text; the tokenizer is learnt from the training split once, and kept in the directory."""
-    documents, held_out = read_documents(config.text.file), config.text.validation_documents
-    if len(documents) <= held_out:
-        raise ConfigError(f"text.validation_documents is {held_out}; the text has {len(documents)} documents")
-    training, validation = documents[:-held_out], documents[-held_out:]
+    training, validation = config.text.split()
     path = directory / "tokenizer.json"
     if not path.is_file():
         train_tokenizer(training, config.decoder.vocab_size).save(str(path))
@@ -176,18 +155,9 @@ def _loss(decoder: Decoder, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _trained(decoder: Decoder, corpus: Corpus, text: TextConfig) -> TrainedModel:
-    end = corpus.tokenizer.token_to_id(END_OF_TEXT)
-    tokenizer = TokenizerInfo(
-        json=corpus.tokenizer.to_str(),
-        bos_token_id=end,
-        eos_token_ids=(end,),
-        pad_token_id=None,
-        add_bos=False,
-        chat_template=None,
-    )
     return TrainedModel(
         module=decoder,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer_info(corpus.tokenizer),
         source="trained by the recipe lm",
         licence=text.licence,
         recipe="lm",

@@ -17,18 +17,24 @@ from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
 from models import checkpoint
-from models.checkpoint import TokenizerInfo, TrainedModel
+from models.checkpoint import TrainedModel
 from models.checks import check_choices, check_integers, check_shares
 from models.config import ConfigError, from_file
 from models.decoder import Decoder, DecoderConfig
 from models.encoder import EncoderConfig
 from models.masked_lm import MaskedLanguageModel
-from models.recipes.lm import CHECKPOINT, TextConfig
 from models.training.baselines import two_sided_guesses
 from models.training.config import OptimiserConfig, RunConfig
-from models.training.loop import Task, train
+from models.training.loop import CHECKPOINT, Task, train
 from models.training.masking import mask_tokens, select
-from models.training.text import END_OF_TEXT, encode_stream, random_windows, read_documents, train_tokenizer
+from models.training.text import (
+    END_OF_TEXT,
+    TextConfig,
+    encode_stream,
+    random_windows,
+    tokenizer_info,
+    train_tokenizer,
+)
 
 MASK = "<|mask|>"
 BASELINE = "baseline.json"
@@ -85,12 +91,10 @@ def run(config: MlmConfig, directory: Path) -> dict[str, float]:
         ConfigError: the text is too small for the configuration.
         FileNotFoundError: the text is not there.
     """
-    documents, held_out = read_documents(config.text.file), config.text.validation_documents
-    if len(documents) <= held_out:
-        raise ConfigError(f"text.validation_documents is {held_out}; the text has {len(documents)} documents")
-    tokenizer = _tokenizer(documents[:-held_out], config.encoder.vocab_size, directory / "tokenizer.json")
-    stream, window = encode_stream(tokenizer, documents[:-held_out]), config.encoder.max_source_len
-    places, ordinary_ids = _places(config, tokenizer, documents), _ordinary_ids(tokenizer)
+    training, held_out = config.text.split()
+    tokenizer = _tokenizer(training, config.encoder.vocab_size, directory / "tokenizer.json")
+    stream, window = encode_stream(tokenizer, training), config.encoder.max_source_len
+    places, ordinary_ids = _places(config, tokenizer, held_out), _ordinary_ids(tokenizer)
     counted = two_sided_guesses(stream, places.hidden, config.encoder.vocab_size)
     baseline = {"two_sided_accuracy": _accuracy(counted[places.selected], places)}
     (directory / BASELINE).write_text(json.dumps(baseline, indent=2) + "\n", encoding="utf-8")
@@ -124,7 +128,7 @@ def evaluate(trained: TrainedModel) -> dict[str, float]:
     """Return nats and share of right answers at hidden places of the recipe's own validation text."""
     config = from_file(MlmConfig, Path(__file__).with_suffix(".toml"))
     tokenizer = Tokenizer.from_str(trained.tokenizer.json)
-    return _judge(trained.module, _places(config, tokenizer, read_documents(config.text.file)))
+    return _judge(trained.module, _places(config, tokenizer, config.text.split()[1]))
 
 
 def causal_config(encoder: EncoderConfig) -> DecoderConfig:
@@ -164,13 +168,13 @@ def _ordinary_ids(tokenizer: Tokenizer) -> Tensor:
     return torch.tensor([token_id for token_id in range(tokenizer.get_vocab_size()) if token_id not in special])
 
 
-def _places(config: MlmConfig, tokenizer: Tokenizer, documents: list[str]) -> Places:
+def _places(config: MlmConfig, tokenizer: Tokenizer, held_out: list[str]) -> Places:
     """Cut windows from the validation text and choose what is asked, the same in every evaluation.
 
     The first token of a window is never asked: a decoder has no say in it.
     """
     window = config.encoder.max_source_len
-    stream = encode_stream(tokenizer, documents[-config.text.validation_documents :])
+    stream = encode_stream(tokenizer, held_out)
     windows = stream[: len(stream) // window * window].unflatten(0, (-1, window))[: config.evaluation_windows]
     if len(windows) < config.evaluation_windows:
         raise ConfigError(f"evaluation_windows is {config.evaluation_windows}; the text has {len(windows)}")
@@ -198,17 +202,9 @@ def _accuracy(guesses: Tensor, places: Places) -> float:
 
 
 def _trained(model: MaskedLanguageModel | Decoder, tokenizer: Tokenizer, text: TextConfig) -> TrainedModel:
-    end = tokenizer.token_to_id(END_OF_TEXT)
     return TrainedModel(
         module=model,
-        tokenizer=TokenizerInfo(
-            json=tokenizer.to_str(),
-            bos_token_id=end,
-            eos_token_ids=(end,),
-            pad_token_id=None,
-            add_bos=False,
-            chat_template=None,
-        ),
+        tokenizer=tokenizer_info(tokenizer),
         source="trained by the recipe mlm",
         licence=text.licence,
         recipe="mlm",

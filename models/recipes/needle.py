@@ -19,9 +19,8 @@ from models.checkpoint import TrainedModel
 from models.config import ConfigError
 from models.encoder import Encoder, EncoderConfig
 from models.training.config import OptimiserConfig, RunConfig
-from models.training.loop import Task, train
+from models.training.loop import CHECKPOINT, Task, train
 
-CHECKPOINT = "checkpoint"
 QUERY = 0
 NUM_NEEDLES = 16
 FIRST_NOISE = 1 + NUM_NEEDLES

@@ -22,10 +22,9 @@ from models.config import ConfigError, from_file
 from models.decoder_config import Attention, DecoderConfig, Positions
 from models.encoder import EncoderConfig, StackConfig
 from models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
-from models.recipes.lm import CHECKPOINT
 from models.training.characters import character_tokenizer, tokenizer_info
 from models.training.config import OptimiserConfig, RunConfig
-from models.training.loop import Task, train
+from models.training.loop import CHECKPOINT, Task, train
 from models.training.pairs import END, SPECIAL_TOKENS, START, Pair, collate, mean_loss, pad, pair_loss
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

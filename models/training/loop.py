@@ -18,6 +18,8 @@ from tqdm import tqdm
 from models.training.config import OptimiserConfig, RunConfig
 from models.training.metrics import MetricsLog
 
+CHECKPOINT = "checkpoint"
+"""The subdirectory of a run that a recipe saves its checkpoint in."""
 SNAPSHOT = "snapshot.pt"
 METRICS = "metrics.jsonl"
 _LOSS_RECORDS_PER_EVALUATION = 10

@@ -5,14 +5,47 @@ Shapes: N tokens of a stream, B windows, T tokens of a window.
 
 import gzip
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from models.checkpoint import TokenizerInfo
+from models.config import ConfigError
+
 DATA = Path(__file__).parents[1] / "data"
 END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextConfig:
+    """Text, one document per line; the last `validation_documents` are never trained on.
+
+    `file` is a name in models/data or a path. `source` and `licence` go into the checkpoint.
+    """
+
+    file: str
+    validation_documents: int
+    source: str
+    licence: str
+
+    def __post_init__(self) -> None:
+        if self.validation_documents < 1:
+            raise ConfigError(f"validation_documents is {self.validation_documents}; it must be at least 1")
+
+    def split(self) -> tuple[list[str], list[str]]:
+        """Return the documents to train on, and those that are held out.
+
+        Raises:
+            ConfigError: the text has no more documents than are held out.
+            FileNotFoundError: the text is not there.
+        """
+        documents, held_out = read_documents(self.file), self.validation_documents
+        if len(documents) <= held_out:
+            raise ConfigError(f"text.validation_documents is {held_out}; the text has {len(documents)} documents")
+        return documents[:-held_out], documents[-held_out:]
 
 
 def read_documents(file: str) -> list[str]:
@@ -49,6 +82,19 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     if tokenizer.get_vocab_size() != vocab_size:
         raise ValueError(f"the text gives only {tokenizer.get_vocab_size()} tokens; vocab_size is {vocab_size}")
     return tokenizer
+
+
+def tokenizer_info(tokenizer: Tokenizer) -> TokenizerInfo:
+    """Return what a checkpoint keeps of a tokenizer of streams: the end of a text begins and ends them."""
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    return TokenizerInfo(
+        json=tokenizer.to_str(),
+        bos_token_id=end,
+        eos_token_ids=(end,),
+        pad_token_id=None,
+        add_bos=False,
+        chat_template=None,
+    )
 
 
 def encode_stream(tokenizer: Tokenizer, documents: Sequence[str]) -> Tensor:

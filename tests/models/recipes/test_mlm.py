@@ -105,7 +105,8 @@ def test_what_is_asked_are_ordinary_tokens_that_a_decoder_could_tell(train, tmp_
     train("run", steps=1)
     config = from_table(mlm.MlmConfig, loads((tmp_path / "run.toml").read_text()))
     tokenizer = Tokenizer.from_file(str(tmp_path / "run" / "tokenizer.json"))
-    places = mlm._places(config, tokenizer, ["abd" * 20] * 9)
+    held_out = config.text.validation_documents
+    places = mlm._places(config, tokenizer, ["abd" * 20] * held_out)
     assert places.windows.shape == (12, 16)
     assert places.selected.any()
     assert not places.selected[:, 0].any()
@@ -115,7 +116,7 @@ def test_what_is_asked_are_ordinary_tokens_that_a_decoder_could_tell(train, tmp_
     assert (places.hidden[places.selected] == tokenizer.token_to_id(mlm.MASK)).all()
     assert torch.equal(places.hidden[~places.selected], places.windows[~places.selected])
     with pytest.raises(ConfigError, match="evaluation_windows is 12; the text has 3"):
-        mlm._places(config, tokenizer, ["abd" * 2] * 9)
+        mlm._places(config, tokenizer, ["abd" * 2] * held_out)
 
 
 @pytest.mark.parametrize(
