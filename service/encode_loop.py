@@ -8,9 +8,8 @@ different batches; the call ends with its last text.
 import asyncio
 import logging
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -19,17 +18,17 @@ from numpy.typing import NDArray
 
 from attendant.bundle import Check, Manifest
 from service.bundle import FoundBundle, verify_files
+from service.bundle_thread import BundleThread
 from service.engine.encode_graph import EncodeGraph
 from service.engine.encode_self_test import check_encoder
 from service.engine.pooling import VectorOptions, pool
 from service.engine.runtime import use_threads
-from service.errors import AttendantError, Draining, ExecutionFailed, ModelUnavailable, QueueFull
+from service.errors import AttendantError, ExecutionFailed, QueueFull
 from service.metrics import ModelMetrics
 from service.scheduling.batching import BatchLimits, form_batch
 
 logger = logging.getLogger(__name__)
 
-_STUCK_SECONDS = 30.0
 _CANDIDATES = 1024  # of the waiting texts, oldest first: enough for any length to find its like
 
 
@@ -86,10 +85,8 @@ class _Outcome:
     reason: str = ""
 
 
-class EncodeLoop:
+class EncodeLoop(BundleThread):
     """Serves one loaded encoder. `load` builds it anywhere; everything else belongs to the event loop."""
-
-    clock = staticmethod(time.perf_counter)
 
     def __init__(
         self,
@@ -100,8 +97,7 @@ class EncodeLoop:
         metrics: ModelMetrics,
         checks: Sequence[Check] = (),
     ) -> None:
-        self.manifest = manifest
-        self.checks = tuple(checks)
+        super().__init__("encoder", manifest, checks)
         self._graph = graph
         self._options = options
         self._metrics = metrics
@@ -109,13 +105,6 @@ class EncodeLoop:
         self._waiting: deque[_Text] = deque()
         self._changed = threading.Condition()
         self._stopped = False
-        self._accepts = True
-        self._failed = False
-        self._busy_since: float | None = None
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
 
     @classmethod
     def load(cls, found: FoundBundle, options: EncodeOptions, metrics: ModelMetrics) -> Self:
@@ -135,21 +124,7 @@ class EncodeLoop:
         """Most tokens of a text."""
         return self.manifest.limits.max_model_len
 
-    @property
-    def healthy(self) -> bool:
-        """Whether the thread lives and its current batch has not taken half a minute."""
-        since = self._busy_since
-        stuck = since is not None and self.clock() - since > _STUCK_SECONDS
-        return self._thread is not None and self._thread.is_alive() and not stuck and not self._failed
-
     # Called on the event loop
-
-    def start(self) -> None:
-        """Start the thread; call it on the event loop that will submit."""
-        assert self._thread is None, "started twice"
-        self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._run, name=f"encoder {self.manifest.key}", daemon=True)
-        self._thread.start()
 
     async def encode(self, texts: Sequence[Sequence[int]], options: VectorOptions, arrival: float) -> EncodeCall:
         """Encode texts of token ids, none empty or longer than the capacity, and return the finished call.
@@ -171,11 +146,7 @@ class EncodeLoop:
         return call
 
     def _submit(self, texts: Sequence[Sequence[int]], options: VectorOptions, arrival: float) -> EncodeCall:
-        if self._failed or self._thread is None:
-            key = self.manifest.key
-            raise ModelUnavailable(f"model {key} has failed and is not served", {"model": key})
-        if not self._accepts:
-            raise Draining("the server is stopping and takes no new requests")
+        self._check_accepts()
         limit = self._options.max_waiting_requests
         if len(self._calls) >= limit:
             raise QueueFull(
@@ -192,25 +163,6 @@ class EncodeLoop:
             self._changed.notify()
         self._publish_occupancy()
         return call
-
-    async def drain(self, deadline_seconds: float) -> bool:
-        """Take no more calls and wait for those that are here; return whether all of them ended in time."""
-        self._accepts = False
-        try:
-            await asyncio.wait_for(self._idle.wait(), deadline_seconds)
-        except TimeoutError:
-            return False
-        return True
-
-    async def close(self) -> None:
-        """Stop the thread after its current batch; calls that are still here end as `Draining`."""
-        self._accepts = False
-        with self._changed:
-            self._stopped = True
-            self._changed.notify()
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
-        self._end_all(Draining("the server stopped before the request was finished"))
 
     def _forget(self, call: EncodeCall) -> None:
         self._calls.discard(call)
@@ -249,16 +201,15 @@ class EncodeLoop:
 
     # The encoder's thread
 
-    def _run(self) -> None:
-        try:
-            while (batch := self._next_batch()) is not None:
-                if batch:
-                    self._work(batch)
-        except Exception:
-            logger.exception("the encoder of %s stopped: a fault of ours", self.manifest.key)
-            self._failed = True
-            key = self.manifest.key
-            self._call_soon(self._end_all, ModelUnavailable(f"model {key} has failed", {"model": key}))
+    def _stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+
+    def _work(self) -> None:
+        while (batch := self._next_batch()) is not None:
+            if batch:
+                self._run_batch(batch)
 
     def _next_batch(self) -> list[_Text] | None:
         """Wait for texts and take those that run together; None means stop."""
@@ -274,7 +225,7 @@ class EncodeLoop:
             self._waiting = deque(text for index, text in enumerate(live) if index not in chosen)
         return [text for index, text in enumerate(live) if index in chosen]
 
-    def _work(self, batch: list[_Text]) -> None:
+    def _run_batch(self, batch: list[_Text]) -> None:
         started = self._busy_since = self.clock()
         outcomes = self._encode(batch)
         padded = len(batch) * max(len(text.token_ids) for text in batch)
@@ -290,13 +241,6 @@ class EncodeLoop:
                 return [_Outcome(batch[0], None, f"the graph failed ({type(error).__name__})")]
             return [outcome for text in batch for outcome in self._encode([text])]
         return [_outcome(text, vectors) for text, vectors in zip(batch, found, strict=True)]
-
-    def _call_soon(self, function: Callable[..., None], *arguments: object) -> None:
-        assert self._loop is not None
-        try:
-            self._loop.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:
-            logger.debug("the event loop is closed; a batch's vectors have nobody to go to")
 
 
 def _outcome(text: _Text, vectors: NDArray[np.float32]) -> _Outcome:

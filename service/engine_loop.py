@@ -8,17 +8,16 @@ Every stream ends in exactly one way: an item with `finish`, an `ExecutionFailed
 """
 
 import asyncio
-import logging
 import queue
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from attendant.bundle import Check, Manifest
 from service.bundle import FoundBundle, verify_files
+from service.bundle_thread import BundleThread
 from service.engine.engine import Engine
 from service.engine.pools import pool_size
 from service.engine.runtime import use_threads
@@ -27,9 +26,7 @@ from service.engine.step_graph import StepGraph
 from service.errors import (
     AttendantError,
     ContextLengthExceeded,
-    Draining,
     ExecutionFailed,
-    ModelUnavailable,
     QueueFull,
 )
 from service.metrics import ModelMetrics
@@ -37,10 +34,7 @@ from service.scheduling.plan import Event, FailureEvent, StepPlan, StepResult, T
 from service.scheduling.request import Finish, Request, Token
 from service.scheduling.scheduler import Scheduler, SchedulerConfig, Snapshot
 
-logger = logging.getLogger(__name__)
-
 _IDLE_RELEASE_SECONDS = 30.0
-_STUCK_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,10 +138,8 @@ class _Stop:
 _Command = Request | _Cancel | _Stop
 
 
-class EngineLoop:
+class EngineLoop(BundleThread):
     """Serves one loaded bundle. `load` builds it anywhere; everything else belongs to the event loop."""
-
-    clock = staticmethod(time.perf_counter)
 
     def __init__(
         self,
@@ -160,8 +152,7 @@ class EngineLoop:
         checks: Sequence[Check] = (),
         load_seconds: float = 0.0,
     ) -> None:
-        self.manifest = manifest
-        self.checks = tuple(checks)
+        super().__init__("engine", manifest, checks)
         self.load_seconds = load_seconds
         self._engine = engine
         self._scheduler = scheduler
@@ -169,14 +160,7 @@ class EngineLoop:
         self._metrics = metrics
         self._streams: dict[str, TokenStream] = {}
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
-        self._accepts = True
-        self._failed = False
-        self._busy_since: float | None = None
         self._last_finishes: deque[float] = deque(maxlen=16)
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
 
     @classmethod
     def load(cls, found: FoundBundle, options: EngineOptions, metrics: ModelMetrics) -> Self:
@@ -219,25 +203,11 @@ class EngineLoop:
         """What sets `capacity`: "max_model_len" or "kv_memory"."""
         return "max_model_len" if self.capacity == self.manifest.limits.max_model_len else "kv_memory"
 
-    @property
-    def healthy(self) -> bool:
-        """Whether the engine thread lives and its current step has not taken half a minute."""
-        since = self._busy_since
-        stuck = since is not None and self.clock() - since > _STUCK_SECONDS
-        return self._thread is not None and self._thread.is_alive() and not stuck and not self._failed
-
     def snapshot(self) -> Snapshot:
         """Return the scheduler's state as it is between two steps (or nearly: it is read from outside)."""
         return self._scheduler.snapshot()
 
     # Called on the event loop
-
-    def start(self) -> None:
-        """Start the engine thread; call it on the event loop that will submit."""
-        assert self._thread is None, "started twice"
-        self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._run, name=f"engine {self.manifest.key}", daemon=True)
-        self._thread.start()
 
     def submit(self, request: Request) -> TokenStream:
         """Queue a request and return its stream.
@@ -248,12 +218,7 @@ class EngineLoop:
             Draining: no more requests are taken.
             ModelUnavailable: the engine has failed.
         """
-        if self._failed or self._thread is None:
-            raise ModelUnavailable(
-                f"model {self.manifest.key} has failed and is not served", {"model": self.manifest.key}
-            )
-        if not self._accepts:
-            raise Draining("the server is stopping and takes no new requests")
+        self._check_accepts()
         if not self._scheduler.fits(request):
             raise ContextLengthExceeded(
                 prompt_tokens=len(request.prompt),
@@ -273,23 +238,6 @@ class EngineLoop:
         self._idle.clear()
         self._commands.put(request)
         return stream
-
-    async def drain(self, deadline_seconds: float) -> bool:
-        """Take no more requests and wait for those that are here; return whether all of them ended in time."""
-        self._accepts = False
-        try:
-            await asyncio.wait_for(self._idle.wait(), deadline_seconds)
-        except TimeoutError:
-            return False
-        return True
-
-    async def close(self) -> None:
-        """Stop the engine thread after its current step; requests that are still here end as `Draining`."""
-        self._accepts = False
-        self._commands.put(_Stop())
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
-        self._end_all(Draining("the server stopped before the request was finished"))
 
     def _forget(self, request_id: str) -> None:
         if self._streams.pop(request_id, None) is not None:
@@ -356,16 +304,13 @@ class EngineLoop:
 
     # The engine thread
 
-    def _run(self) -> None:
-        try:
-            while self._take_commands():
-                if self._scheduler.has_work:
-                    self._step()
-        except Exception:
-            logger.exception("the engine of %s stopped: a fault of ours", self.manifest.key)
-            self._failed = True
-            error = ModelUnavailable(f"model {self.manifest.key} has failed", {"model": self.manifest.key})
-            self._call_soon(self._end_all, error)
+    def _stop(self) -> None:
+        self._commands.put(_Stop())
+
+    def _work(self) -> None:
+        while self._take_commands():
+            if self._scheduler.has_work:
+                self._step()
 
     def _take_commands(self) -> bool:
         """Apply every command that has come; wait for one if there is nothing else to do. False means stop."""
@@ -392,10 +337,3 @@ class EngineLoop:
         result = self._engine.execute(plan)
         events = self._scheduler.update(plan, result, self.clock())
         self._call_soon(self._publish, plan, result, events, self._scheduler.snapshot())
-
-    def _call_soon(self, function: Callable[..., None], *arguments: object) -> None:
-        assert self._loop is not None
-        try:
-            self._loop.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:
-            logger.debug("the event loop is closed; a step's results have nobody to go to")

@@ -1,0 +1,117 @@
+"""The thread of one loaded bundle, from its start to its end; the loops over engines say what it does meanwhile.
+
+`start`, `drain` and `close` belong to the event loop, `_work` runs on the thread and reaches the event loop by
+`_call_soon` alone.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+from attendant.bundle import Check, Manifest
+from service.errors import AttendantError, Draining, ModelUnavailable
+
+logger = logging.getLogger(__name__)
+
+_STUCK_SECONDS = 30.0
+
+
+class BundleThread(ABC):
+    """What generation and encoding have in common.
+
+    A subclass sets `_busy_since` while it computes, and `_idle` while nobody waits for anything.
+
+    Args:
+        kind: names the thread.
+        manifest: of the bundle.
+        checks: what was checked at load.
+    """
+
+    clock = staticmethod(time.perf_counter)
+
+    def __init__(self, kind: str, manifest: Manifest, checks: Sequence[Check]) -> None:
+        self.manifest = manifest
+        self.checks = tuple(checks)
+        self._kind = kind
+        self._accepts = True
+        self._failed = False
+        self._busy_since: float | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    @abstractmethod
+    def capacity(self) -> int:
+        """Most tokens of a sequence."""
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the thread lives and what it computes now has not taken half a minute."""
+        since = self._busy_since
+        stuck = since is not None and self.clock() - since > _STUCK_SECONDS
+        return self._thread is not None and self._thread.is_alive() and not stuck and not self._failed
+
+    def start(self) -> None:
+        """Start the thread; call it on the event loop that will submit."""
+        assert self._thread is None, "started twice"
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name=f"{self._kind} {self.manifest.key}", daemon=True)
+        self._thread.start()
+
+    async def drain(self, deadline_seconds: float) -> bool:
+        """Take no more requests and wait for those that are here; return whether all of them ended in time."""
+        self._accepts = False
+        try:
+            await asyncio.wait_for(self._idle.wait(), deadline_seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Stop the thread after its current step; requests that are still here end as `Draining`."""
+        self._accepts = False
+        self._stop()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+        self._end_all(Draining("the server stopped before the request was finished"))
+
+    def _check_accepts(self) -> None:
+        """Raise ModelUnavailable if the thread has failed or was never started, Draining if it is to end."""
+        if self._failed or self._thread is None:
+            key = self.manifest.key
+            raise ModelUnavailable(f"model {key} has failed and is not served", {"model": key})
+        if not self._accepts:
+            raise Draining("the server is stopping and takes no new requests")
+
+    @abstractmethod
+    def _stop(self) -> None:
+        """Have `_work` return soon."""
+
+    @abstractmethod
+    def _end_all(self, error: AttendantError) -> None:
+        """End every request that is here with an error; runs on the event loop."""
+
+    @abstractmethod
+    def _work(self) -> None:
+        """Compute until `_stop`; runs on the thread."""
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except Exception:
+            logger.exception("the %s of %s stopped: a fault of ours", self._kind, self.manifest.key)
+            self._failed = True
+            key = self.manifest.key
+            self._call_soon(self._end_all, ModelUnavailable(f"model {key} has failed", {"model": key}))
+
+    def _call_soon(self, function: Callable[..., None], *arguments: object) -> None:
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:
+            logger.debug("the event loop is closed; what was computed has nobody to go to")
