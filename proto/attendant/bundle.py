@@ -24,11 +24,12 @@ ROWS = "rows"  # sequences that run together
 TOKENS = "tokens"  # new tokens of each row
 CAPACITY = "capacity"  # positions a row of an `append` state can hold
 LOGIT_ROWS = "logit_rows"  # positions whose logits are wanted
-SOURCE = "source"  # positions of an encoder's memory
+SOURCE = "source"  # positions of the source that a sequence is written about
 AXES = frozenset({ROWS, TOKENS, CAPACITY, LOGIT_ROWS, SOURCE})
 
 Axis = int | str
 ModelName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+FamilyName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
@@ -76,10 +77,12 @@ class Role(StrEnum):
     """[] int32: the capacity of the `append` states; equal to `tokens` it means "no row has a past"."""
     LOGITS_INDEX = "logits_index"
     """[logit_rows] int64: flat positions row * tokens + token whose logits are wanted; never empty."""
-    MEMORY = "memory"
-    """[rows, source, width]: what an encoder made of the source."""
-    MEMORY_LENGTH = "memory_length"
-    """[rows] int32: valid positions of each row's memory."""
+    SEGMENT_IDS = "segment_ids"
+    """[rows, tokens] int64: which text of a pair a token belongs to, 0 or 1."""
+    SOURCE_IDS = "source_ids"
+    """[rows, source] int64: tokens of the source, where `token_ids` are those of the target."""
+    SOURCE_LENGTHS = "source_lengths"
+    """[rows] int32: valid positions of each row's `fixed` states, or of its source_ids."""
     NOISE = "noise"
     """Uniform or Gumbel noise that makes sampling inside a graph repeatable."""
     IMAGE = "image"
@@ -87,13 +90,13 @@ class Role(StrEnum):
     AUDIO = "audio"
     """[rows, frames, features] float32."""
     LOGITS = "logits"
-    """[logit_rows, vocabulary] or [rows, classes] float32."""
+    """[logit_rows, vocabulary], [rows, classes] or [rows, tokens, classes] float32."""
     HIDDEN = "hidden"
     """[rows, tokens, width]: the last layer's output."""
     WEIGHTS = "weights"
     """Attention weights, for explain graphs only."""
     STATE = "state"
-    """A state of the manifest, named by its `input` or `output`."""
+    """A state of the manifest, named by its `input`, `output` or `made`."""
 
 
 class GraphKind(StrEnum):
@@ -102,7 +105,7 @@ class GraphKind(StrEnum):
     STEP = "step"
     """Prefill and decode: any number of rows and new tokens."""
     ENCODE = "encode"
-    """Once per request, or the whole work of an encoder."""
+    """The whole work of an encoder; or, where something is generated about a source, what is made of that, once."""
     EXPLAIN = "explain"
     """Attention weights on request; never on the hot path."""
 
@@ -166,8 +169,10 @@ class GraphSpec(_Frozen):
 class StateSpec(_Frozen):
     """One tensor that a sequence remembers between steps, and the rule that governs it.
 
-    `axes` begins with "rows". `input` and `output` name the step graph's tensors; a `fixed` state is an
-    output of the encode graph. With a `window`, positions further behind than that are never read again.
+    `axes` begins with "rows". `input` and `output` name the step graph's tensors, `made` the encode graph's output
+    that a sequence begins with: a `fixed` state always has one, a `replace` or `ring` state that has none begins as
+    zeros. A `fixed` state with an axis "source" is as long as its row's source. With a `window`, positions further
+    behind than that are never read again.
     """
 
     name: str = Field(min_length=1)
@@ -176,6 +181,7 @@ class StateSpec(_Frozen):
     axes: tuple[Axis, ...]
     input: str
     output: str | None = None
+    made: str | None = None
     window: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
@@ -186,6 +192,15 @@ class StateSpec(_Frozen):
             raise ValueError(f"state {self.name}: exactly the `append` states have an axis {CAPACITY!r}")
         if (self.output is None) != (self.rule is StateRule.FIXED):
             raise ValueError(f"state {self.name}: exactly the `fixed` states have no output of the step graph")
+        if (
+            self.made is None
+            and self.rule is StateRule.FIXED
+            or self.made is not None
+            and self.rule is StateRule.APPEND
+        ):
+            raise ValueError(f"state {self.name}: `fixed` states are made by the encode graph, `append` states never")
+        if SOURCE in self.axes and self.rule is not StateRule.FIXED:
+            raise ValueError(f"state {self.name}: only `fixed` states have an axis {SOURCE!r}")
         if self.window is not None and self.rule is not StateRule.APPEND:
             raise ValueError(f"state {self.name}: only `append` states have a window")
         return self
@@ -276,6 +291,37 @@ class Embedding(_Frozen):
     width: int = Field(ge=1)
 
 
+class Classes(_Frozen):
+    """What the logits of a classifying or tagging bundle stand for, in order.
+
+    With `multi_label` each is a question of its own (a sigmoid), otherwise exactly one holds (a softmax).
+    """
+
+    labels: tuple[str, ...] = Field(min_length=1)
+    multi_label: bool = False
+
+
+class ImageInput(_Frozen):
+    """Images that a bundle takes: their size in pixels, and how a channel's value in [0, 1] becomes a number.
+
+    That is (value - mean) / std, channel by channel; one channel is grey, three are red, green and blue.
+    """
+
+    height: int = Field(ge=1)
+    width: int = Field(ge=1)
+    channels: Literal[1, 3]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _one_of_each_channel(self) -> "ImageInput":
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError(f"{len(self.mean)} means and {len(self.std)} stds for {self.channels} channels")
+        if not all(value > 0 for value in self.std):
+            raise ValueError(f"std {self.std} must be positive")
+        return self
+
+
 class SamplingDefaults(_Frozen):
     """What the bundle's authors advise where a request is silent."""
 
@@ -286,10 +332,15 @@ class SamplingDefaults(_Frozen):
 
 
 class Limits(_Frozen):
-    """How long things may be, in tokens."""
+    """How long things may be, in tokens.
+
+    With a `prefill_chunk` a prompt is always fed in pieces of exactly that many tokens, the last one shorter, because
+    the sums of the step graph would round differently with other cuts; at 1, the graph takes one token a step.
+    """
 
     max_model_len: int = Field(ge=2)
     max_source_len: int | None = Field(default=None, ge=1)
+    prefill_chunk: int | None = Field(default=None, ge=1)
 
 
 class Provenance(_Frozen):
@@ -316,12 +367,16 @@ class Manifest(_Frozen):
     schema_version: Literal[1] = 1
     name: ModelName
     version: int = Field(ge=1)
-    family: Literal["decoder", "encoder", "encoder_decoder", "recurrent", "vision"]
+    family: FamilyName
     tasks: tuple[Literal["generate", "embed", "classify", "tag", "fill_mask", "score", "explain"], ...]
     precision: Literal["fp32", "int8", "fp16", "bf16"]
     target: Literal["cpu", "cuda"]
     limits: Limits
     vocabulary: Vocabulary | None = None
+    source_vocabulary: Vocabulary | None = None
+    """Of the source, where it is a text with a vocabulary of its own."""
+    image: ImageInput | None = None
+    classes: Classes | None = None
     sampling_defaults: SamplingDefaults = SamplingDefaults()
     embedding: Embedding | None = None
     graphs: tuple[GraphSpec, ...] = Field(min_length=1)
@@ -338,8 +393,7 @@ class Manifest(_Frozen):
         named = {self.golden.file}
         for graph in self.graphs:
             named |= {graph.file} | ({graph.data} if graph.data else set())
-        if self.vocabulary is not None:
-            named.add(self.vocabulary.file)
+        named |= {each.file for each in (self.vocabulary, self.source_vocabulary) if each is not None}
         if named != listed:
             raise ValueError(f"files named {sorted(named)} and files listed {sorted(listed)} differ")
         kinds = [graph.kind for graph in self.graphs]
@@ -353,6 +407,9 @@ class Manifest(_Frozen):
             GraphKind.ENCODE not in kinds or self.vocabulary is None or self.embedding is None
         ):
             raise ValueError("an embedding bundle needs an encode graph, a vocabulary and `embedding`")
+        takes_image = any(graph.input(Role.IMAGE) for graph in self.graphs)
+        if takes_image != (self.image is not None):
+            raise ValueError("exactly the bundles with a graph that takes an image say in `image` which they take")
         self._states_are_wired()
         return self
 
@@ -364,8 +421,13 @@ class Manifest(_Frozen):
             raise ValueError("the states' inputs and the step graph's state inputs differ")
         if {state.output for state in self.states if state.output} != set(state_outputs):
             raise ValueError("the states' outputs and the step graph's state outputs differ")
+        encode = self.graph(GraphKind.ENCODE)
+        made = {t.name: t for t in encode.outputs if t.role is Role.STATE} if encode else {}
+        if {state.made for state in self.states if state.made} != set(made):
+            raise ValueError("the states that are made and the encode graph's state outputs differ")
         for state in self.states:
-            for tensor in (state_inputs[state.input], state_outputs.get(state.output or "")):
+            tensors = (state_inputs[state.input], state_outputs.get(state.output or ""), made.get(state.made or ""))
+            for tensor in tensors:
                 if tensor is not None and (tensor.dtype, tensor.axes) != (state.dtype, state.axes):
                     raise ValueError(f"state {state.name} and tensor {tensor.name} differ in dtype or axes")
 

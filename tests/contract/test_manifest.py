@@ -126,7 +126,7 @@ def test_it_cannot_be_changed():
         ("version", 0, "version: "),
         ("version", "3", "version: "),
         ("version", 3.0, "version: "),
-        ("family", "oracle", "family: "),
+        ("family", "Oracle!", "family: "),
         ("tasks", ["generate", "sing"], "tasks.1: "),
         ("precision", "int3", "precision: "),
         ("limits", None, "limits: Field required"),
