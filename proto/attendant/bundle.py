@@ -192,12 +192,7 @@ class StateSpec(_Frozen):
             raise ValueError(f"state {self.name}: exactly the `append` states have an axis {CAPACITY!r}")
         if (self.output is None) != (self.rule is StateRule.FIXED):
             raise ValueError(f"state {self.name}: exactly the `fixed` states have no output of the step graph")
-        if (
-            self.made is None
-            and self.rule is StateRule.FIXED
-            or self.made is not None
-            and self.rule is StateRule.APPEND
-        ):
+        if (self.rule is StateRule.FIXED and self.made is None) or (self.rule is StateRule.APPEND and self.made):
             raise ValueError(f"state {self.name}: `fixed` states are made by the encode graph, `append` states never")
         if SOURCE in self.axes and self.rule is not StateRule.FIXED:
             raise ValueError(f"state {self.name}: only `fixed` states have an axis {SOURCE!r}")
