@@ -30,7 +30,7 @@ from service.errors import (
     QueueFull,
 )
 from service.metrics import ModelMetrics
-from service.scheduling.plan import Event, FailureEvent, StepPlan, StepResult, TokenEvent
+from service.scheduling.plan import Event, FailureEvent, SearchEvent, StepPlan, StepResult, TokenEvent
 from service.scheduling.request import Finish, Request, Token
 from service.scheduling.scheduler import Scheduler, SchedulerConfig, Snapshot
 
@@ -60,7 +60,10 @@ class EngineOptions:
 
 @dataclass(frozen=True, slots=True)
 class StepTokens:
-    """What a stream got since it was last read, oldest first; with `finish` there is no more."""
+    """What a stream got since it was last read, oldest first; with `finish` there is no more.
+
+    A beam search has no tokens of its own: its answers are in `finish`.
+    """
 
     tokens: tuple[Token, ...]
     finish: Finish | None
@@ -112,9 +115,11 @@ class TokenStream:
         self._engine_loop._forget(self.request.request_id)
         self._wake()
 
-    def _deliver(self, token: Token, finish: Finish | None) -> None:
-        self._tokens.append(token)
-        self._finish = finish
+    def _deliver(self, event: TokenEvent | SearchEvent) -> None:
+        if isinstance(event, TokenEvent):
+            self._tokens.append(event.token)
+        self.queue_seconds, self.prefill_seconds = event.queue_seconds, event.prefill_seconds
+        self._finish = event.finish
         self._wake()
 
     def _fail(self, error: AttendantError) -> None:
@@ -173,7 +178,7 @@ class EngineLoop(BundleThread):
         started = time.perf_counter()
         verify_files(found)
         use_threads(options.threads)
-        size = pool_size(found.manifest, options.kv_memory)
+        size = pool_size(found.manifest, options.num_slots, options.kv_memory)
         graph = StepGraph(found, options.num_slots, size.capacity)
         checks = check_bundle(found, graph)
         config = SchedulerConfig(
@@ -182,6 +187,8 @@ class EngineLoop(BundleThread):
             kv_budget=size.budget,
             chunk_tokens=options.prefill_chunk_tokens,
             idle_chunk_tokens=options.idle_chunk_tokens,
+            prefill_chunk=found.manifest.limits.prefill_chunk,
+            window=size.window,
         )
         return cls(
             manifest=found.manifest,
@@ -203,6 +210,11 @@ class EngineLoop(BundleThread):
         """What sets `capacity`: "max_model_len" or "kv_memory"."""
         return "max_model_len" if self.capacity == self.manifest.limits.max_model_len else "kv_memory"
 
+    @property
+    def num_slots(self) -> int:
+        """Sequences that run at once, and so the widest beam search."""
+        return self._scheduler.config.num_slots
+
     def snapshot(self) -> Snapshot:
         """Return the scheduler's state as it is between two steps (or nearly: it is read from outside)."""
         return self._scheduler.snapshot()
@@ -220,11 +232,12 @@ class EngineLoop(BundleThread):
         """
         self._check_accepts()
         if not self._scheduler.fits(request):
+            limit = min(self.capacity, self._scheduler.config.kv_budget // request.num_slots)
             raise ContextLengthExceeded(
                 prompt_tokens=len(request.prompt),
                 max_tokens=request.max_tokens,
-                limit=self.capacity,
-                limit_name=self.capacity_name,
+                limit=limit,
+                limit_name=self.capacity_name if limit == self.capacity else "kv_memory",
             )
         limit = self._options.num_slots + self._options.max_waiting_requests
         if len(self._streams) >= limit:
@@ -258,7 +271,6 @@ class EngineLoop(BundleThread):
 
     def _publish(self, plan: StepPlan, result: StepResult, events: list[Event], snapshot: Snapshot) -> None:
         """Hand a step's events to their streams and to the metrics; runs on the event loop."""
-        metrics = self._metrics
         for event in events:
             stream = self._streams.get(event.request.request_id)
             if isinstance(event, FailureEvent):
@@ -268,17 +280,11 @@ class EngineLoop(BundleThread):
                 continue
             self._observe(event)
             if stream is not None:
-                if event.is_first:
-                    stream.queue_seconds, stream.prefill_seconds = event.queue_seconds, event.prefill_seconds
                 if event.finish is not None:
                     del self._streams[event.request.request_id]
                     self._last_finishes.append(self.clock())
-                stream._deliver(event.token, event.finish)
-        if plan.rows:
-            real = sum(row.sample is not None for row in plan.rows)
-            metrics.step("decode", real, real, len(plan.rows) - real, result.decode_seconds)
-        if plan.chunk is not None:
-            metrics.step("prefill", 1, len(plan.chunk.token_ids), 0, result.prefill_seconds)
+                stream._deliver(event)
+        self._measure(plan, result)
         self._publish_occupancy(snapshot)
         self._note_idle()
 
@@ -287,11 +293,30 @@ class EngineLoop(BundleThread):
             snapshot.num_waiting, snapshot.num_running, snapshot.reserved, snapshot.config.kv_budget
         )
 
-    def _observe(self, event: TokenEvent) -> None:
-        num_prompt = len(event.request.prompt)
-        if event.is_first:
+    def _measure(self, plan: StepPlan, result: StepResult) -> None:
+        if plan.encodes:
+            num_tokens = sum(len(encode.source.token_ids) for encode in plan.encodes)
+            padded = len(plan.encodes) * max(len(encode.source.token_ids) for encode in plan.encodes)
+            self._metrics.step("encode", len(plan.encodes), num_tokens, padded - num_tokens, result.encode_seconds)
+        if plan.rows:
+            real = sum(row.request_id is not None for row in plan.rows)
+            self._metrics.step("decode", real, real, len(plan.rows) - real, result.decode_seconds)
+        if plan.chunks:
+            num_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks)
+            self._metrics.step("prefill", len(plan.chunks), num_tokens, 0, result.prefill_seconds)
+
+    def _observe(self, event: TokenEvent | SearchEvent) -> None:
+        num_prompt = event.request.num_prompt
+        if isinstance(event, SearchEvent) or event.is_first:
             self._metrics.queued(num_prompt, event.queue_seconds)
             self._metrics.prefilled(num_prompt, event.prefill_seconds)
+        if isinstance(event, SearchEvent):  # nothing of it can be read before all of it is known
+            self._metrics.searched(
+                num_prompt,
+                self.clock() - event.request.arrival,
+                sum(len(found.token_ids) for found in event.finish.hypotheses),
+            )
+        elif event.is_first:
             self._metrics.first_token(num_prompt, event.gap_seconds)
         else:
             self._metrics.inter_token(event.context_tokens, event.gap_seconds)

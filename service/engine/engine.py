@@ -1,20 +1,21 @@
-"""Executes step plans: moves, decode rows, one chunk, then the choice of tokens.
+"""Executes step plans: moves, sources, decode rows, chunks, and the choice of tokens.
 
 It knows slots, tokens and logits; it knows neither clients nor text. A row on which the graph or the choice fails
 gets a failure of its own: when a step raises, its rows are run again one by one. That is safe because a row writes only
-at its own next positions, and exact because a row alone gives the bits it gives among others.
+at its own next positions or to a second buffer, and exact because a row alone gives the bits it gives among others.
 """
 
 import logging
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.engine.sampling import NotFinite, Sampler
 from service.engine.step_graph import StepGraph
-from service.scheduling.plan import Chunk, Row, Sample, StepPlan, StepResult
+from service.scheduling.plan import Chunk, Encode, Row, Sample, StepPlan, StepResult
 from service.scheduling.request import Token
 
 logger = logging.getLogger(__name__)
@@ -41,61 +42,93 @@ class Engine:
             self.graph.release(slot)
         for move in plan.moves:
             self.graph.copy(move.source, move.destination, move.length)
-        tokens: dict[str, Token] = {}
+        tokens: dict[int, Token] = {}
         failures: dict[str, str] = {}
-        started = self._clock()
+        times = [self._clock()]
+        if plan.encodes:
+            self._encode(plan.encodes, failures)
+        times.append(self._clock())
         if plan.rows:
             self._decode(plan.rows, tokens, failures)
-        decoded = self._clock()
-        if plan.chunk is not None:
-            self._prefill(plan.chunk, tokens, failures)
+        times.append(self._clock())
+        for chunk in plan.chunks:
+            self._prefill(chunk, tokens, failures)
+        times.append(self._clock())
+        encode_seconds, decode_seconds, prefill_seconds = (end - start for start, end in pairwise(times))
         return StepResult(
             tokens=tokens,
             failures=failures,
-            decode_seconds=decoded - started,
-            prefill_seconds=self._clock() - decoded,
+            encode_seconds=encode_seconds,
+            decode_seconds=decode_seconds,
+            prefill_seconds=prefill_seconds,
         )
 
-    def _decode(self, rows: tuple[Row, ...], tokens: dict[str, Token], failures: dict[str, str]) -> None:
+    def _encode(self, encodes: tuple[Encode, ...], failures: dict[str, str]) -> None:
+        sources = self.graph.sources
+        assert sources is not None, "the border refuses sources that nobody reads"
         try:
-            logits = self.graph.decode([row.token_id for row in rows], [row.length for row in rows])
+            made = sources.run([encode.source for encode in encodes])
+        except Exception as error:
+            if len(encodes) == 1:
+                logger.exception("the source of request %s failed", encodes[0].request_id)
+                failures[encodes[0].request_id] = _cause(error)
+                return
+            logger.exception("reading %d sources failed; trying them one by one", len(encodes))
+            for encode in encodes:
+                self._encode((encode,), failures)
+            return
+        for encode, states in zip(encodes, made, strict=True):
+            self.graph.begin(encode.slot, states)
+
+    def _decode(self, rows: tuple[Row, ...], tokens: dict[int, Token], failures: dict[str, str]) -> None:
+        real = [slot for slot, row in enumerate(rows) if row.request_id is not None]
+        for slot in real:
+            self._begin(slot, rows[slot].length - 1)
+        try:
+            logits = self.graph.decode([row.token_id for row in rows], [row.length for row in rows], real)
         except Exception:
             logger.exception("a decode step of %d rows failed; trying its rows one by one", len(rows))
-            self._decode_one_by_one(rows, tokens, failures)
+            for slot in real:
+                row = rows[slot]
+                assert row.request_id is not None, "a parked row is not real"
+                self._feed(Chunk(row.request_id, slot, row.length - 1, (row.token_id,), row.sample), tokens, failures)
             return
         best = logits.argmax(axis=1)
-        for slot, row in enumerate(rows):
-            if row.sample is not None:
-                self._choose(logits[slot], int(best[slot]), row.sample, tokens, failures)
+        for slot in real:
+            if (sample := rows[slot].sample) is not None:
+                self._choose(logits[slot], int(best[slot]), sample, slot, tokens, failures)
 
-    def _decode_one_by_one(self, rows: tuple[Row, ...], tokens: dict[str, Token], failures: dict[str, str]) -> None:
-        for slot, row in enumerate(rows):
-            if row.sample is None:
-                continue
-            try:
-                logits = self.graph.chunk(slot, [row.token_id], row.length - 1)[0]
-            except Exception as error:
-                logger.exception("request %s failed in slot %d", row.sample.request.request_id, slot)
-                failures[row.sample.request.request_id] = _cause(error)
-            else:
-                self._choose(logits, int(logits.argmax()), row.sample, tokens, failures)
+    def _prefill(self, chunk: Chunk, tokens: dict[int, Token], failures: dict[str, str]) -> None:
+        self._begin(chunk.slot, chunk.start)
+        self._feed(chunk, tokens, failures)
 
-    def _prefill(self, chunk: Chunk, tokens: dict[str, Token], failures: dict[str, str]) -> None:
+    def _begin(self, slot: int, start: int) -> None:
+        """Begin a sequence that has no source: those that have one began with it."""
+        if start == 0 and self.graph.sources is None:
+            self.graph.begin(slot)
+
+    def _feed(self, chunk: Chunk, tokens: dict[int, Token], failures: dict[str, str]) -> None:
         try:
             logits = self.graph.chunk(chunk.slot, chunk.token_ids, chunk.start)[0]
         except Exception as error:
-            logger.exception("request %s failed in prefill at position %d", chunk.request_id, chunk.start)
+            logger.exception("request %s failed in slot %d at %d", chunk.request_id, chunk.slot, chunk.start)
             failures[chunk.request_id] = _cause(error)
             return
         if chunk.sample is not None:
-            self._choose(logits, int(logits.argmax()), chunk.sample, tokens, failures)
+            self._choose(logits, int(logits.argmax()), chunk.sample, chunk.slot, tokens, failures)
 
     def _choose(
-        self, logits: _Logits, best: int, sample: Sample, tokens: dict[str, Token], failures: dict[str, str]
+        self,
+        logits: _Logits,
+        best: int,
+        sample: Sample,
+        slot: int,
+        tokens: dict[int, Token],
+        failures: dict[str, str],
     ) -> None:
         request = sample.request
         try:
-            tokens[request.request_id] = self._sampler.choose(logits, best, sample)
+            tokens[slot] = self._sampler.choose(logits, best, sample)
         except NotFinite as error:
             logger.error("request %s: %s", request.request_id, error)
             failures[request.request_id] = str(error)

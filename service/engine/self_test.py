@@ -4,7 +4,7 @@ The golden run (docs/bundle.md) proves that the graphs compute here what they co
 test proves promise P2 on the actual kernels: a row alone and among others, a prompt at once and in chunks, bit for bit.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from attendant.bundle import Check, Golden
 from attendant.processor import processor_features
 from service.bundle import BundleRefused, FoundBundle
+from service.engine.source_graph import SourceGraph
 from service.engine.step_graph import StepGraph
+from service.scheduling.request import Source
 
 _Arrays = Mapping[str, NDArray[np.generic]]
 
@@ -56,8 +58,9 @@ def read_golden(found: FoundBundle, golden: Golden) -> dict[str, NDArray[np.gene
 
 def _replay(golden: Golden, arrays: _Arrays, graph: StepGraph) -> list[Check]:
     bitwise = golden.bitwise and set(golden.bitwise_on) == set(processor_features())
-    text = [int(token) for token in arrays["text"]][: graph.capacity]
-    logits = graph.chunk(0, text, 0, every_position=True)
+    text = _ids(arrays["text"])[: graph.capacity]
+    _begin(graph, 0, _source(arrays))
+    logits = graph.feed(0, text, every_position=True)
     likelihood = mean_log_likelihood(logits[:-1], text[1:])
     assert golden.log_likelihood_bound is not None, "the schema demands one of a generating bundle"
     difference = abs(likelihood - float(arrays["text_log_likelihood"]))
@@ -71,8 +74,8 @@ def _replay(golden: Golden, arrays: _Arrays, graph: StepGraph) -> list[Check]:
     ]
     if golden.bitwise and not bitwise:
         return checks  # integer kernels of another processor: rounding flips move single logits by several units
-    prompt = [int(token) for token in arrays["prompt"]]
-    runs = [(_one_pass(graph, prompt), arrays["prompt_logits"], f"prompt of {len(prompt)} tokens")]
+    prompt = _ids(arrays["prompt"])
+    runs = [(_one_pass(graph, prompt, arrays), arrays["prompt_logits"], f"prompt of {len(prompt)} tokens")]
     ragged = _ragged(graph, arrays)
     if ragged is not None:
         runs.append((ragged, arrays["ragged_logits"], f"ragged decode {arrays['ragged_logits'].shape[:2]}"))
@@ -94,57 +97,125 @@ def mean_log_likelihood(logits: NDArray[np.float32], targets: Sequence[int]) -> 
     return float((chosen - np.log(np.exp(wide).sum(axis=1))).mean())
 
 
-def _one_pass(graph: StepGraph, prompt: Sequence[int]) -> NDArray[np.float32]:
-    logits: NDArray[np.float32] = graph.chunk(0, prompt, 0)[0]
+def _ids(array: NDArray[np.generic]) -> list[int]:
+    return [int(token) for token in array]
+
+
+def _source(arrays: _Arrays) -> Source | None:
+    """Return the source that the golden prompt and text are about."""
+    return _sources([arrays["source"]])[0] if "source" in arrays else None
+
+
+def _ragged_sources(arrays: _Arrays) -> list[Source] | None:
+    if "ragged_sources" not in arrays:
+        return None
+    sources = arrays["ragged_sources"]
+    if "ragged_source_lengths" not in arrays:
+        return _sources(sources)
+    return _sources([row[:length] for row, length in zip(sources, arrays["ragged_source_lengths"], strict=True)])
+
+
+def _sources(arrays: Iterable[NDArray[np.generic]]) -> list[Source]:
+    return [
+        Source(token_ids=tuple(_ids(array)))
+        if array.ndim == 1
+        else Source(pixels=np.asarray(array, np.float32).tobytes())
+        for array in arrays
+    ]
+
+
+def _begin(graph: StepGraph, slot: int, source: Source | None) -> None:
+    graph.begin(slot, graph.sources.run([source])[0] if graph.sources and source else None)
+
+
+def _one_pass(graph: StepGraph, prompt: Sequence[int], arrays: _Arrays) -> NDArray[np.float32]:
+    _begin(graph, 0, _source(arrays))
+    logits: NDArray[np.float32] = graph.feed(0, prompt)[0]
     return logits
 
 
 def _ragged(graph: StepGraph, arrays: _Arrays) -> NDArray[np.float32] | None:
     """Decode the golden rows together; None if there are fewer slots than rows."""
-    lengths = [int(length) for length in arrays["ragged_lengths"]]
+    lengths = _ids(arrays["ragged_lengths"])
     if len(lengths) > graph.num_slots:
         return None
+    sources = _ragged_sources(arrays)
     for slot, (prompt, length) in enumerate(zip(arrays["ragged_prompts"], lengths, strict=True)):
-        graph.chunk(slot, [int(token) for token in prompt[:length]], 0)
+        _begin(graph, slot, sources[slot] if sources else None)
+        graph.feed(slot, _ids(prompt[:length]))
     steps = np.asarray(arrays["ragged_steps"]).T
     logits: NDArray[np.float32] = np.empty((len(steps), len(lengths), graph.vocab_size), np.float32)
     for step, tokens in enumerate(steps):
-        logits[step] = graph.decode([int(token) for token in tokens], [length + step + 1 for length in lengths])
+        logits[step] = graph.decode(_ids(tokens), [length + step + 1 for length in lengths])
     return logits
 
 
-def _invariance(arrays: _Arrays, graph: StepGraph) -> list[Check]:
-    prompt = [int(token) for token in arrays["prompt"]][: graph.capacity - 1]
-    whole = _one_pass(graph, prompt)
+def _invariance(arrays: _Arrays, graph: StepGraph) -> Iterator[Check]:
+    if graph.prefill_chunk is None:
+        yield _chunks_check(arrays, graph)
+    if graph.sources is not None and (sources := _ragged_sources(arrays)):
+        yield _sources_check(graph.sources, sources)
+    for num_rows in sorted({min(size, graph.num_slots) for size in (2, 5, graph.num_slots)} - {1}):
+        yield _rows_check(arrays, graph, num_rows)
+
+
+def _chunks_check(arrays: _Arrays, graph: StepGraph) -> Check:
+    prompt = _ids(arrays["prompt"])[: graph.capacity - 1]
+    whole = _one_pass(graph, prompt, arrays)
+    _begin(graph, graph.num_slots - 1, _source(arrays))
     position = 0
     for size in arrays["chunks"]:
         chunked = graph.chunk(graph.num_slots - 1, prompt[position : position + int(size)], position)[0]
         position += int(size)
-    checks = [
-        Check(
-            name="bits that differ between one pass and chunks",
-            measured=float((whole != chunked).sum()),
-            bound=0.0,
-            grid=f"{len(prompt)} tokens in chunks of {[int(size) for size in arrays['chunks']]}",
-        )
-    ]
-    for slot in range(graph.num_slots - 1):
-        graph.copy(graph.num_slots - 1, slot, len(prompt))
-    checks += [_rows_check(graph, prompt, num_rows) for num_rows in _batch_sizes(graph.num_slots)]
-    return checks
+    return Check(
+        name="bits that differ between one pass and chunks",
+        measured=float((whole != chunked).sum()),
+        bound=0.0,
+        grid=f"{len(prompt)} tokens in chunks of {_ids(arrays['chunks'])}",
+    )
 
 
-def _batch_sizes(num_slots: int) -> list[int]:
-    return sorted({min(size, num_slots) for size in (2, 5, num_slots)} - {1})
+def _sources_check(graph: SourceGraph, sources: Sequence[Source]) -> Check:
+    """Compare what is made of sources together, padded, with what is made of each alone."""
+    differing = 0
+    for source, together in zip(sources, graph.run(sources), strict=True):
+        for name, alone in graph.run([source])[0].states.items():
+            common = tuple(slice(size) for size in alone.shape)
+            differing += int((alone != together.states[name][common]).sum())
+    return Check(
+        name="bits that differ between a source alone and among others",
+        measured=float(differing),
+        bound=0.0,
+        grid=f"{len(sources)} sources of {[len(source.token_ids) for source in sources]} tokens",
+    )
 
 
-def _rows_check(graph: StepGraph, prompt: list[int], num_rows: int) -> Check:
-    """Compare rows of a ragged decode step with the same rows alone; every slot holds the prompt, or more."""
+def _rows_check(arrays: _Arrays, graph: StepGraph, num_rows: int) -> Check:
+    """Compare rows of a ragged decode step with the same rows alone, each about a source of its own if there are any.
+
+    Every slot holds the whole prompt where a row can be taken back to any of its positions.
+    """
+    prompt = _ids(arrays["prompt"])[: graph.capacity - 1]
     lengths = [max(1, (len(prompt) * (row + 1)) // num_rows) for row in range(num_rows)]
+    sources = _ragged_sources(arrays)
     tokens = [prompt[(7 * row) % len(prompt)] for row in range(num_rows)]
+    if graph.rewinds:
+        _one_pass(graph, prompt, arrays)
+
+    def prepare(slot: int) -> None:
+        if graph.rewinds:
+            graph.copy(0, slot, len(prompt))
+            return
+        _begin(graph, slot, sources[slot % len(sources)] if sources else None)
+        graph.feed(slot, prompt[: lengths[slot]])
+
+    for slot in range(num_rows):
+        prepare(slot)
     together = graph.decode(tokens, [length + 1 for length in lengths]).copy()
     differing = 0
     for slot in {0, num_rows // 2, num_rows - 1}:
+        if not graph.rewinds:
+            prepare(slot)
         alone = graph.chunk(slot, [tokens[slot]], lengths[slot])[0]
         differing += int((alone != together[slot]).sum())
     return Check(

@@ -7,7 +7,7 @@ mean "no row has a past" and destroy one that has; raw addresses do not keep arr
 Axes: rows B, new tokens T, slots S, vocabulary V.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnxruntime as ort
@@ -15,10 +15,20 @@ from numpy.typing import NDArray
 
 from attendant.bundle import GraphKind, GraphSpec, Manifest, Role, StateRule
 from service.bundle import BundleRefused, FoundBundle
-from service.engine.pools import StatePool
+from service.engine.pools import make_pool, source_capacity
 from service.engine.runtime import create_session
+from service.engine.source_graph import Made, SourceGraph
 
 Logits = NDArray[np.float32]
+
+_INPUTS = {
+    Role.TOKEN_IDS,
+    Role.LENGTHS,
+    Role.TOTAL_LENGTH,
+    Role.LOGITS_INDEX,
+    Role.SOURCE_LENGTHS,
+    Role.STATE,
+}
 
 
 class _Binding:
@@ -42,7 +52,9 @@ class _Binding:
 
 
 class StepGraph:
-    """Runs decode rows and prefill chunks of one bundle in place on its state pools. Not thread-safe.
+    """Runs decode rows and prefill chunks of one bundle on its state pools. Not thread-safe.
+
+    `sources` is what reads a source before a sequence about it begins, or None where there are no sources.
 
     Args:
         found: a bundle whose files were verified.
@@ -57,17 +69,27 @@ class StepGraph:
         manifest = found.manifest
         graph = manifest.graph(GraphKind.STEP)
         if graph is None:
-            raise BundleRefused("it has no step graph: this build serves generating decoders")
-        unsupported = sorted({state.rule.value for state in manifest.states if state.rule is not StateRule.APPEND})
-        if unsupported:
-            raise BundleRefused(f"states with rule {unsupported} are not served by this build")
+            raise BundleRefused("it has no step graph")
+        roles = {tensor.role for tensor in graph.inputs}
+        if unknown := sorted(roles - _INPUTS):
+            raise BundleRefused(f"its step graph takes {unknown}: this build knows {', '.join(sorted(_INPUTS))}")
+        if missing := sorted({Role.TOKEN_IDS, Role.LENGTHS, Role.LOGITS_INDEX} - roles):
+            raise BundleRefused(f"its step graph does not take {', '.join(missing)}")
+        self.sources = SourceGraph(found) if manifest.graph(GraphKind.ENCODE) else None
+        self.prefill_chunk = manifest.limits.prefill_chunk
         self.num_slots = num_slots
         self.capacity = capacity
         self.vocab_size = _vocab_size(manifest, graph)
-        self.pools = tuple(StatePool(state, num_slots, capacity) for state in manifest.states)
+        source_positions = source_capacity(manifest)
+        self.pools = tuple(make_pool(state, num_slots, capacity, source_positions) for state in manifest.states)
+        # Nothing happens to the others after a step.
+        self._other_pools = [
+            pool for pool in self.pools if pool.spec.window or pool.spec.rule in (StateRule.REPLACE, StateRule.RING)
+        ]
         self._session = create_session(found.directory, graph)
         self._names = {tensor.role: tensor.name for tensor in (*graph.inputs, *graph.outputs)}
         self._total_length = np.array(capacity, np.int32)
+        self._source_lengths = np.ones(num_slots, np.int32)  # a row without any position to attend to has no result
         # Inputs and output of the decode rows; a binding for B rows takes the first B of each.
         self._token_ids = np.zeros((num_slots, 1), np.int64)
         self._lengths = np.zeros(num_slots, np.int32)
@@ -76,12 +98,26 @@ class StepGraph:
         self._decode_bindings: dict[int, _Binding] = {}
         self._chunk_bindings: dict[int, _Binding] = {}
 
-    def decode(self, token_ids: Sequence[int], lengths: Sequence[int]) -> Logits:
+    @property
+    def rewinds(self) -> bool:
+        """Whether a row can go back to any earlier position: nothing else was remembered than what lies there."""
+        return self.sources is None and not self._other_pools
+
+    def begin(self, slot: int, made: Made | None = None) -> None:
+        """Begin a sequence in a slot, with what `sources` made of its source if it has one."""
+        length = 0 if made is None else made.source_length
+        self._source_lengths[slot] = max(1, length)
+        for pool in self.pools:
+            state = None if made is None or pool.spec.made is None else made.states[pool.spec.made]
+            pool.begin(slot, state, length)
+
+    def decode(self, token_ids: Sequence[int], lengths: Sequence[int], real: Sequence[int] | None = None) -> Logits:
         """Feed one token to each of the slots 0..B-1.
 
         Args:
             token_ids: B tokens.
             lengths: tokens of each row, the new one included, at most the capacity.
+            real: slots whose row is a sequence's, all if None; what the step makes of the others is not kept.
 
         Returns:
             Logits [B, V], valid until the next call.
@@ -99,7 +135,21 @@ class StepGraph:
             binding.input(self._names[Role.LOGITS_INDEX], self._logits_index[:num_rows])
             binding.output(self._names[Role.LOGITS], self._logits[:num_rows])
         binding.run()
+        self._keep(range(num_rows) if real is None else real, lengths)
         return self._logits[:num_rows]
+
+    def feed(self, slot: int, token_ids: Sequence[int], *, every_position: bool = False) -> Logits:
+        """Feed a whole prompt to a slot that has just begun, cut only where the bundle has it cut.
+
+        Returns:
+            Logits [1, V] of its end, or [T, V] of every position.
+        """
+        size = self.prefill_chunk or len(token_ids)
+        pieces = [
+            self.chunk(slot, token_ids[start : start + size], start, every_position=every_position)
+            for start in range(0, len(token_ids), size)
+        ]
+        return np.concatenate(pieces) if every_position else pieces[-1]
 
     def chunk(self, slot: int, token_ids: Sequence[int], start: int, *, every_position: bool = False) -> Logits:
         """Feed positions [start, start + T) to one slot.
@@ -130,10 +180,12 @@ class StepGraph:
         binding.input(self._names[Role.LOGITS_INDEX], wanted.astype(np.int64))
         binding.output(self._names[Role.LOGITS], logits)
         binding.run()
+        self._keep([slot], {slot: end})
         return logits
 
     def copy(self, source: int, destination: int, length: int) -> None:
-        """Copy the states of positions [0, length) from slot to slot."""
+        """Copy the states of a sequence of `length` positions from slot to slot."""
+        self._source_lengths[destination] = self._source_lengths[source]
         for pool in self.pools:
             pool.copy(source, destination, length)
 
@@ -144,14 +196,24 @@ class StepGraph:
 
     def _bind(self, first_slot: int, num_rows: int) -> _Binding:
         binding = _Binding(self._session)
-        binding.input(self._names[Role.TOTAL_LENGTH], self._total_length)
+        rows = slice(first_slot, first_slot + num_rows)
+        if (name := self._names.get(Role.TOTAL_LENGTH)) is not None:
+            binding.input(name, self._total_length)
+        if (name := self._names.get(Role.SOURCE_LENGTHS)) is not None:
+            binding.input(name, self._source_lengths[rows])
         for pool in self.pools:
-            rows = pool.array[first_slot : first_slot + num_rows]
-            assert pool.spec.output is not None
-            # Past and present at one address is what makes the graph write in place.
-            binding.input(pool.spec.input, rows)
-            binding.output(pool.spec.output, rows)
+            # Where past and present are one address, the graph writes in place.
+            binding.input(pool.spec.input, pool.array[rows])
+            if pool.spec.output is not None:
+                binding.output(pool.spec.output, pool.present(rows))
         return binding
+
+    def _keep(self, slots: Sequence[int], lengths: Sequence[int] | Mapping[int, int]) -> None:
+        """Accept what a step did for these slots, which now hold so many positions."""
+        for pool in self._other_pools:
+            pool.commit(slots)
+            for slot in slots:
+                pool.trim(slot, lengths[slot])
 
 
 def _vocab_size(manifest: Manifest, graph: GraphSpec) -> int:

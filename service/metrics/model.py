@@ -18,7 +18,7 @@ Task = Literal["generate", "embed"]
 Phase = Literal["encode", "prefill", "decode"]
 End = Literal["stop", "eos", "length", "complete", "cancelled", "deadline", "error"]
 
-PHASES: dict[Task, tuple[Phase, ...]] = {"generate": ("prefill", "decode"), "embed": ("encode",)}
+PHASES: dict[Task, tuple[Phase, ...]] = {"generate": ("encode", "prefill", "decode"), "embed": ("encode",)}
 """What a graph is run for, by task."""
 _FAILURES: tuple[End, ...] = ("cancelled", "deadline", "error")
 ENDS: dict[Task, tuple[End, ...]] = {
@@ -97,6 +97,11 @@ class ModelMetrics:
         """A request got its first token, so long after it arrived."""
         self._time_to_first_token[self._seq_buckets.index(prompt_tokens)].observe(seconds)
         self._output_tokens.inc()
+
+    def searched(self, prompt_tokens: int, seconds: float, output_tokens: int) -> None:
+        """A request got all of its answers at once, so long after it arrived."""
+        self._time_to_first_token[self._seq_buckets.index(prompt_tokens)].observe(seconds)
+        self._output_tokens.inc(output_tokens)
 
     def inter_token(self, context_tokens: int, seconds: float, count: int = 1) -> None:
         """A request got its next token, so long after the one before; `count` such gaps at once."""

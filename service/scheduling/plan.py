@@ -1,14 +1,15 @@
 """What one step does, and what came of it: frozen values, the only things that cross from scheduling to the engine.
 
-Slots are rows of the state pools. A step runs the decode rows 0..E-1 together, whatever slot in that range is idle
-or still being prefilled included ("parked": it computes into its next free position, which is written again before it
-is ever read), and then at most one chunk of one prompt.
+Slots are rows of the state pools. A step reads the sources of new sequences, runs the decode rows 0..E-1 together,
+whatever slot in that range is idle or still being prefilled included ("parked": it computes into its next free
+position, which is written again before it is ever read, and what it would replace stays as it is), and then chunks of
+prompts.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from service.scheduling.request import Finish, Request, Token
+from service.scheduling.request import Finish, Request, Source, Token
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +24,24 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Slot `i` of the decode rows: feed `token_id` at position `length - 1`. A parked row has no `sample`."""
+    """Slot `i` of the decode rows: feed `token_id` at position `length - 1`; a parked row is nobody's.
 
+    Without a `sample` the token is one of a prompt, and not its last.
+    """
+
+    request_id: str | None
     token_id: int
     length: int
     sample: Sample | None
+
+
+@dataclass(frozen=True, slots=True)
+class Encode:
+    """Begin a sequence in a slot with what the encode graph makes of its source."""
+
+    request_id: str
+    slot: int
+    source: Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +57,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Copy positions [0, length) from one slot to another, before anything runs."""
+    """Copy a sequence of `length` positions from one slot to another, before anything runs."""
 
     source: int
     destination: int
@@ -52,25 +66,22 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: first `releases`, then `moves`, then the decode rows, then the chunk."""
+    """One step: first `releases`, then `moves`, then `encodes`, then the decode rows, then the chunks."""
 
     releases: tuple[int, ...] = ()
     moves: tuple[Move, ...] = ()
+    encodes: tuple[Encode, ...] = ()
     rows: tuple[Row, ...] = ()
-    chunk: Chunk | None = None
-
-    @property
-    def runs(self) -> bool:
-        """Whether a graph runs at all."""
-        return bool(self.rows) or self.chunk is not None
+    chunks: tuple[Chunk, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What the engine made of a plan: a token or a failure for each sample, by request, and where the time went."""
+    """What the engine made of a plan: a token for each sample, by slot, or a failure, by request; and the times."""
 
-    tokens: Mapping[str, Token]
+    tokens: Mapping[int, Token]
     failures: Mapping[str, str]
+    encode_seconds: float = 0.0
     decode_seconds: float = 0.0
     prefill_seconds: float = 0.0
 
@@ -93,6 +104,16 @@ class TokenEvent:
     finish: Finish | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchEvent:
+    """A beam search is over; its answers are in `finish`."""
+
+    request: Request
+    finish: Finish
+    queue_seconds: float
+    prefill_seconds: float
+
+
 @dataclass(frozen=True, slots=True)
 class FailureEvent:
     """A request ended because the graph failed on it."""
@@ -101,4 +122,4 @@ class FailureEvent:
     message: str
 
 
-Event = TokenEvent | FailureEvent
+Event = TokenEvent | SearchEvent | FailureEvent

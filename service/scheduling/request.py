@@ -42,16 +42,45 @@ class SamplingParams:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What an answer is about, where the model reads it apart from the prompt: a text's tokens, or an image.
+
+    `pixels` are float32 in the machine's byte order; nobody but the engine looks into them.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    pixels: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beam:
+    """Search for the most likely answers instead of choosing token by token.
+
+    The log-likelihood of an answer of n tokens, the one that ends it included, is divided by
+    ((5 + n) / 6) ** length_penalty (Wu et al., 2016, arXiv:1609.08144); the best `num_answers` of `width` are returned.
+    """
+
+    width: int
+    length_penalty: float = 1.0
+    num_answers: int = 1
+
+    def score(self, log_likelihood: float, num_tokens: int) -> float:
+        """Return what answers are ordered by."""
+        return log_likelihood / float(((5 + num_tokens) / 6) ** self.length_penalty)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One request as the scheduler sees it: token ids only, every default resolved.
 
     Positions are half-open intervals: the prompt is [0, len(prompt)), the answer at most
-    [len(prompt), len(prompt) + max_tokens).
+    [len(prompt), len(prompt) + max_tokens). With a `source` the prompt is what the answer begins with.
     """
 
     request_id: str
     prompt: tuple[int, ...]
+    source: Source | None = None
     max_tokens: int
     min_tokens: int = 0
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -59,6 +88,7 @@ class Request:
     stop_token_ids: frozenset[int] = frozenset()
     logprobs: bool = False
     top_logprobs: int = 0
+    beam: Beam | None = None
     priority: int = 0  # larger is more urgent
     arrival: float  # seconds of the engine's monotonic clock
     deadline: float | None = None  # the same clock
@@ -67,6 +97,21 @@ class Request:
     def max_total_tokens(self) -> int:
         """Positions that the whole sequence can come to occupy."""
         return len(self.prompt) + self.max_tokens
+
+    @property
+    def num_slots(self) -> int:
+        """Slots that it needs at once."""
+        return 1 if self.beam is None else self.beam.width
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens that are read: those of the source and of the prompt."""
+        return len(self.prompt) + (len(self.source.token_ids) if self.source else 0)
+
+    @property
+    def end_token_ids(self) -> frozenset[int]:
+        """Tokens that end the answer."""
+        return self.eos_token_ids | self.stop_token_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +124,25 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Hypothesis:
+    """An answer that a beam search found; answers are ordered by `score`.
+
+    `token_ids` include the token that ended it, if one did; `log_likelihood` is in nats.
+    """
+
+    token_ids: tuple[int, ...]
+    reason: FinishReason
+    log_likelihood: float
+    score: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finish:
-    """How and when a request ended well; durations in seconds."""
+    """How and when a request ended well; durations in seconds. A beam search ends with its answers, the best first."""
 
     reason: FinishReason
     queue_seconds: float
     prefill_seconds: float
     decode_seconds: float
     cached_tokens: int = 0
+    hypotheses: tuple[Hypothesis, ...] = ()

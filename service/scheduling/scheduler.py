@@ -2,25 +2,31 @@
 
 `schedule() -> StepPlan` decides, the engine executes, `update(plan, result) -> events` records. The scheduler knows
 token ids, positions and slots; it does not know tensors, threads, text or clients, and its only clock is the `now` it
-is handed. Decode comes first, then one chunk of one prompt a step, so that a long prompt cannot stop running streams.
+is handed. Decode comes first, then a limited number of prompt tokens a step, so that a long prompt cannot stop running
+streams.
+
+A sequence has a branch for each of its beams, and every branch a slot; without a beam search it has one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from service.scheduling.beam import BeamSearch, Continuation
 from service.scheduling.plan import (
     Chunk,
+    Encode,
     Event,
     FailureEvent,
     Move,
     Row,
     Sample,
+    SearchEvent,
     StepPlan,
     StepResult,
     TokenEvent,
 )
-from service.scheduling.request import Finish, FinishReason, Request, Token
+from service.scheduling.request import Finish, FinishReason, Hypothesis, Request, Token
 from service.scheduling.slots import SlotLedger, rounded
 
 
@@ -32,8 +38,11 @@ class SchedulerConfig:
         num_slots: sequences that can run at once.
         capacity: positions one slot can hold.
         kv_budget: positions that all slots together may commit.
-        chunk_tokens: longest prefill chunk while other sequences decode.
-        idle_chunk_tokens: longest prefill chunk while nothing decodes.
+        chunk_tokens: prompt and source tokens of a step while other sequences decode.
+        idle_chunk_tokens: prompt and source tokens of a step while nothing decodes.
+        prefill_chunk: where every prompt is cut, or None where cuts do not matter; at 1 there is no prefill, and
+            prompts go among the decode rows.
+        window: positions behind the last one that stay in memory, or None where all do.
     """
 
     num_slots: int
@@ -41,42 +50,77 @@ class SchedulerConfig:
     kv_budget: int
     chunk_tokens: int = 256
     idle_chunk_tokens: int = 512
+    prefill_chunk: int | None = None
+    window: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("num_slots", 1), ("capacity", 2), ("chunk_tokens", 4), ("idle_chunk_tokens", 4)):
             value = getattr(self, name)
             if value < least:
                 raise ValueError(f"{name} is {value}, must be at least {least}")
-        if self.kv_budget < rounded(self.capacity):
+        for name in ("prefill_chunk", "window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, must be at least 1")
+        if self.kv_budget < rounded(self.held(self.capacity)):
             raise ValueError(
-                f"kv_budget is {self.kv_budget}, must hold one sequence of {rounded(self.capacity)} tokens"
+                f"kv_budget is {self.kv_budget}, must hold one sequence of {rounded(self.held(self.capacity))} tokens"
             )
+
+    def held(self, positions: int) -> int:
+        """Return how many of a sequence's positions are in memory at most: the window and a step's new ones."""
+        if self.window is None:
+            return positions
+        return min(positions, self.window + max(self.idle_chunk_tokens, self.chunk_tokens, self.prefill_chunk or 0))
 
 
 class Phase(Enum):
     """Where a sequence is in its life."""
 
     WAITING = "waiting"
+    ENCODE = "encode"
     PREFILL = "prefill"
     DECODE = "decode"
+
+
+@dataclass(slots=True)
+class _Branch:
+    slot: int
+    output: list[int] = field(default_factory=list)
+    log_likelihood: float = 0.0  # kept by a beam search only
 
 
 @dataclass(slots=True)
 class _Sequence:
     request: Request
     phase: Phase = Phase.WAITING
-    slot: int = -1
-    # States are written for positions [0, num_computed).
+    branches: list[_Branch] = field(default_factory=list)
+    spare_slots: list[int] = field(default_factory=list)  # held for beams that are not there yet
+    copies: list[Move] = field(default_factory=list)  # from beams that go on twice, due before the next step
+    search: BeamSearch | None = None
+    # States are written for positions [0, num_computed), of every branch.
     num_computed: int = 0
-    output: list[int] = field(default_factory=list)
     admitted_at: float = 0.0
     prefill_started_at: float | None = None
-    first_token_at: float = 0.0
+    first_token_at: float | None = None
     last_token_at: float = 0.0
 
     @property
     def urgency(self) -> tuple[int, float]:
         return (-self.request.priority, self.request.arrival)
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        return (*(branch.slot for branch in self.branches), *self.spare_slots)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.branches[0].output) if self.branches else 0
+
+    @property
+    def reads_its_last(self) -> bool:
+        """Whether the next token to be fed is the last there is, so that a new one follows from it."""
+        return self.num_computed + 1 == len(self.request.prompt) + self.num_output
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +129,8 @@ class SequenceView:
 
     request_id: str
     phase: Phase
-    slot: int
+    slots: tuple[int, ...]
+    num_slots: int
     num_prompt: int
     num_computed: int
     num_output: int
@@ -138,7 +183,7 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self._sequences: dict[str, _Sequence] = {}
-        self._ledger = SlotLedger(config.num_slots, config.kv_budget)
+        self._ledger = SlotLedger(config.num_slots, config.kv_budget, reuses_pages=config.window is None)
 
     # What comes in
 
@@ -146,18 +191,28 @@ class Scheduler:
         """Queue a request that `fits`."""
         assert request.request_id not in self._sequences, f"request {request.request_id} is already here"
         assert self.fits(request), f"request {request.request_id} can never run"
-        self._sequences[request.request_id] = _Sequence(request)
+        search = None if request.beam is None else BeamSearch(request)
+        self._sequences[request.request_id] = _Sequence(request, search=search)
 
     def fits(self, request: Request) -> bool:
         """Whether the request could run if it were alone."""
-        return len(request.prompt) > 0 and request.max_total_tokens <= self.config.capacity
+        memory = request.num_slots * rounded(self.config.held(request.max_total_tokens))
+        return (
+            len(request.prompt) > 0
+            and request.max_total_tokens <= self.config.capacity
+            and request.num_slots <= self.config.num_slots
+            and memory <= self.config.kv_budget
+        )
 
     def cancel(self, request_id: str) -> bool:
-        """Forget a request and free its slot; False if it is not here (any more)."""
+        """Forget a request and free its slots; False if it is not here (any more)."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is None:
             return False
-        self._free_slot(sequence)
+        # A parked row may have written one position past what was computed.
+        written = self.config.held(min(sequence.num_computed + 1, self.config.capacity))
+        for slot in sequence.slots:
+            self._ledger.give_back(slot, written)
         return True
 
     @property
@@ -170,11 +225,18 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan:
         """Decide the next step. Admission, moves and releases take effect at once, tokens with `update`."""
         releases = self._admit(now)
-        moves: list[Move] = []
+        moves = self._beam_copies()
         while (hole := self._hole()) is not None and (released := self._fill(hole, moves)) is not None:
             releases += released
-        chunk = self._next_chunk(now)
-        return StepPlan(tuple(releases), tuple(moves), self._decode_rows(), chunk)
+        limit = self.config.chunk_tokens if self._in(Phase.DECODE) else self.config.idle_chunk_tokens
+        encodes = self._next_encodes(limit, now)
+        return StepPlan(
+            releases=tuple(releases),
+            moves=tuple(moves),
+            encodes=encodes,
+            rows=self._decode_rows(now),
+            chunks=self._next_chunks(limit, now),
+        )
 
     def release_idle(self) -> StepPlan:
         """Plan to give back the memory of all free slots."""
@@ -183,132 +245,209 @@ class Scheduler:
     def _admit(self, now: float) -> list[int]:
         releases: list[int] = []
         for sequence in sorted(self._in(Phase.WAITING), key=lambda waiting: waiting.urgency):
-            placed = self._ledger.acquire(sequence.request.max_total_tokens)
+            request = sequence.request
+            placed = self._ledger.acquire(self.config.held(request.max_total_tokens), request.num_slots)
             if placed is None:
                 break  # in order: a small request does not starve a large one
-            sequence.slot, released = placed
-            sequence.phase = Phase.PREFILL
+            (first, *spare), released = placed
+            sequence.branches, sequence.spare_slots = [_Branch(first)], spare
+            sequence.phase = self._first_phase(request) if request.source is None else Phase.ENCODE
             sequence.admitted_at = now
             releases += released
         return releases
 
+    def _first_phase(self, request: Request) -> Phase:
+        """Return how the prompt is read: in chunks, or as decode rows if it has one token or all go so."""
+        return Phase.DECODE if len(request.prompt) == 1 or self.config.prefill_chunk == 1 else Phase.PREFILL
+
+    def _beam_copies(self) -> list[Move]:
+        moves = []
+        for sequence in self._sequences.values():
+            moves += sequence.copies
+            sequence.copies = []
+        return moves
+
+    def _decoding(self) -> Iterator[tuple[_Sequence, _Branch]]:
+        for sequence in self._in(Phase.DECODE):
+            for branch in sequence.branches:
+                yield sequence, branch
+
     def _hole(self) -> int | None:
         """Return the lowest free slot below a decode row: as a parked row it would cost every step."""
-        highest = max((sequence.slot for sequence in self._in(Phase.DECODE)), default=-1)
+        highest = max((branch.slot for _, branch in self._decoding()), default=-1)
         hole = min(self._ledger.free, default=highest)
         return hole if hole < highest else None
 
     def _fill(self, hole: int, moves: list[Move]) -> tuple[int, ...] | None:
         """Move the highest decode row into the hole, if memory holds both copies for a moment."""
-        highest = max(self._in(Phase.DECODE), key=lambda sequence: sequence.slot)
+        sequence, highest = max(self._decoding(), key=lambda pair: pair[1].slot)
         released = self._ledger.move(highest.slot, hole)
         if released is not None:
-            moves.append(Move(highest.slot, hole, highest.num_computed))
+            moves.append(Move(highest.slot, hole, sequence.num_computed))
             highest.slot = hole
         return released
 
-    def _decode_rows(self) -> tuple[Row, ...]:
-        by_slot = {s.slot: s for s in self._sequences.values() if s.phase is not Phase.WAITING}
-        decoding = [slot for slot, sequence in by_slot.items() if sequence.phase is Phase.DECODE]
+    def _next_encodes(self, limit: int, now: float) -> tuple[Encode, ...]:
+        """Take sources of as many tokens as the limit allows, and at least one."""
+        encodes: list[Encode] = []
+        num_tokens = 0
+        for sequence in sorted(self._in(Phase.ENCODE), key=lambda waiting: waiting.urgency):
+            request = sequence.request
+            assert request.source is not None
+            num_tokens += max(1, len(request.source.token_ids))
+            if encodes and num_tokens > limit:
+                break
+            sequence.prefill_started_at = now
+            encodes.append(Encode(request.request_id, sequence.branches[0].slot, request.source))
+        return tuple(encodes)
+
+    def _decode_rows(self, now: float) -> tuple[Row, ...]:
+        decoding = {branch.slot: (sequence, branch) for sequence, branch in self._decoding()}
         if not decoding:
             return ()
-        return tuple(self._row(by_slot.get(slot)) for slot in range(max(decoding) + 1))
+        lengths = {s.branches[0].slot: s.num_computed + 1 for s in self._in(Phase.PREFILL)}
+        return tuple(
+            self._row(*decoding[slot], now)
+            if slot in decoding
+            else Row(request_id=None, token_id=0, length=lengths.get(slot, 1), sample=None)
+            for slot in range(max(decoding) + 1)
+        )
 
     @staticmethod
-    def _row(sequence: _Sequence | None) -> Row:
-        if sequence is None:
-            return Row(token_id=0, length=1, sample=None)
-        length = sequence.num_computed + 1
-        if sequence.phase is Phase.PREFILL:
-            return Row(token_id=0, length=length, sample=None)
-        return Row(token_id=sequence.output[-1], length=length, sample=_sample(sequence))
-
-    def _next_chunk(self, now: float) -> Chunk | None:
-        prefilling = self._in(Phase.PREFILL)
-        if not prefilling:
-            return None
-        sequence = min(prefilling, key=lambda candidate: candidate.urgency)
+    def _row(sequence: _Sequence, branch: _Branch, now: float) -> Row:
+        request, position = sequence.request, sequence.num_computed
         if sequence.prefill_started_at is None:
             sequence.prefill_started_at = now
-        prompt = sequence.request.prompt
-        start = sequence.num_computed
-        limit = self.config.chunk_tokens if self._in(Phase.DECODE) else self.config.idle_chunk_tokens
-        end = start + chunk_length(len(prompt) - start, limit)
-        sample = _sample(sequence) if end == len(prompt) else None
-        return Chunk(sequence.request.request_id, sequence.slot, start, prompt[start:end], sample)
+        num_prompt = len(request.prompt)
+        token_id = request.prompt[position] if position < num_prompt else branch.output[position - num_prompt]
+        sample = _sample(request, branch) if sequence.reads_its_last else None
+        return Row(request.request_id, token_id, position + 1, sample)
+
+    def _next_chunks(self, limit: int, now: float) -> tuple[Chunk, ...]:
+        """Take the most urgent prompt as far as the limit allows, then others that end within what is left of it."""
+        chunks: list[Chunk] = []
+        left = limit
+        for sequence in sorted(self._in(Phase.PREFILL), key=lambda waiting: waiting.urgency):
+            request, start = sequence.request, sequence.num_computed
+            remaining = len(request.prompt) - start
+            if self.config.prefill_chunk is not None:
+                length = min(remaining, self.config.prefill_chunk)
+            else:
+                length = chunk_length(remaining, limit)
+            if chunks and (length > left or length < remaining):
+                break
+            left -= length
+            if sequence.prefill_started_at is None:
+                sequence.prefill_started_at = now
+            end = start + length
+            branch = sequence.branches[0]
+            sample = _sample(request, branch) if length == remaining else None
+            chunks.append(Chunk(request.request_id, branch.slot, start, request.prompt[start:end], sample))
+        return tuple(chunks)
 
     # What came of it
 
     def update(self, plan: StepPlan, result: StepResult, now: float) -> list[Event]:
         """Record a step. Requests that were cancelled while it ran are passed over."""
         events: list[Event] = []
-        for sample in [row.sample for row in plan.rows]:
-            sequence = self._sequences.get(sample.request.request_id) if sample else None
-            if sequence is not None:
-                sequence.num_computed += 1
-                self._settle(sequence, result, now, events)
-        chunk = plan.chunk
-        if chunk is not None and (sequence := self._sequences.get(chunk.request_id)) is not None:
-            sequence.num_computed = chunk.start + len(chunk.token_ids)
-            if chunk.sample is not None or chunk.request_id in result.failures:
-                self._settle(sequence, result, now, events)
+        for encode in plan.encodes:
+            sequence = self._sequences.get(encode.request_id)
+            if sequence is not None and not self._failed(sequence, result, events):
+                sequence.phase = self._first_phase(sequence.request)
+        fed = {row.request_id: 1 for row in plan.rows if row.request_id is not None}
+        for request_id, num_tokens in [*fed.items(), *((c.request_id, len(c.token_ids)) for c in plan.chunks)]:
+            sequence = self._sequences.get(request_id)
+            if sequence is None or self._failed(sequence, result, events):
+                continue
+            reads_its_last = sequence.num_computed + num_tokens == len(sequence.request.prompt) + sequence.num_output
+            sequence.num_computed += num_tokens
+            if reads_its_last:
+                self._continue(sequence, [result.tokens[branch.slot] for branch in sequence.branches], now, events)
         return events
 
-    def _settle(self, sequence: _Sequence, result: StepResult, now: float, events: list[Event]) -> None:
-        request = sequence.request
-        if (message := result.failures.get(request.request_id)) is not None:
-            self.cancel(request.request_id)
-            events.append(FailureEvent(request, message))
-            return
-        token = result.tokens[request.request_id]
-        is_first = not sequence.output
-        sequence.output.append(token.token_id)
-        gap = now - (request.arrival if is_first else sequence.last_token_at)
-        sequence.last_token_at = now
-        if is_first:
-            sequence.phase = Phase.DECODE
-            sequence.first_token_at = now
-        finish = self._finish(sequence, token)
-        assert sequence.prefill_started_at is not None
-        events.append(
-            TokenEvent(
-                request=request,
-                token=token,
-                context_tokens=sequence.num_computed,
-                is_first=is_first,
-                gap_seconds=gap,
-                queue_seconds=sequence.prefill_started_at - request.arrival,
-                prefill_seconds=sequence.first_token_at - sequence.prefill_started_at,
-                finish=finish,
-            )
-        )
-        if finish is not None:
-            self.cancel(request.request_id)
+    def _failed(self, sequence: _Sequence, result: StepResult, events: list[Event]) -> bool:
+        message = result.failures.get(sequence.request.request_id)
+        if message is None:
+            return False
+        self.cancel(sequence.request.request_id)
+        events.append(FailureEvent(sequence.request, message))
+        return True
 
-    @staticmethod
-    def _finish(sequence: _Sequence, token: Token) -> Finish | None:
-        request = sequence.request
+    def _continue(self, sequence: _Sequence, tokens: Sequence[Token], now: float, events: list[Event]) -> None:
+        """Give each branch its next token, and end the request if that was the last."""
+        is_first = sequence.first_token_at is None
+        gap = now - (sequence.request.arrival if is_first else sequence.last_token_at)
+        sequence.phase = Phase.DECODE
+        sequence.last_token_at = now
+        if sequence.first_token_at is None:
+            sequence.first_token_at = now
+        event: SearchEvent | TokenEvent | None
+        if sequence.search is not None:
+            event = self._search(sequence, sequence.search, tokens)
+        else:
+            event = self._append(sequence, tokens[0], gap, is_first)
+        if event is None:
+            return
+        events.append(event)
+        if event.finish is not None:
+            self.cancel(sequence.request.request_id)
+
+    def _append(self, sequence: _Sequence, token: Token, gap_seconds: float, is_first: bool) -> TokenEvent:
+        (branch,), request = sequence.branches, sequence.request
+        branch.output.append(token.token_id)
+        reason = None
         if token.token_id in request.stop_token_ids:
             reason = FinishReason.STOP
         elif token.token_id in request.eos_token_ids:
             reason = FinishReason.EOS
-        elif len(sequence.output) >= request.max_tokens:
+        elif len(branch.output) >= request.max_tokens:
             reason = FinishReason.LENGTH
-        else:
-            return None
-        assert sequence.prefill_started_at is not None
-        return Finish(
-            reason=reason,
-            queue_seconds=sequence.prefill_started_at - request.arrival,
-            prefill_seconds=sequence.first_token_at - sequence.prefill_started_at,
-            decode_seconds=sequence.last_token_at - sequence.first_token_at,
+        queue_seconds, prefill_seconds = _times(sequence)
+        return TokenEvent(
+            request=request,
+            token=token,
+            context_tokens=sequence.num_computed,
+            is_first=is_first,
+            gap_seconds=gap_seconds,
+            queue_seconds=queue_seconds,
+            prefill_seconds=prefill_seconds,
+            finish=None if reason is None else _finish(sequence, reason),
         )
 
-    def _free_slot(self, sequence: _Sequence) -> None:
-        if sequence.phase is not Phase.WAITING:
-            # A parked row may have written one position past what was computed.
-            written = min(sequence.num_computed + 1, self.config.capacity)
-            self._ledger.give_back(sequence.slot, written)
+    def _search(self, sequence: _Sequence, search: BeamSearch, tokens: Sequence[Token]) -> SearchEvent | None:
+        branches = sequence.branches
+        going = search.advance([b.output for b in branches], [b.log_likelihood for b in branches], tokens)
+        if going:
+            self._branch(sequence, going)
+            return None
+        queue_seconds, prefill_seconds = _times(sequence)
+        return SearchEvent(
+            request=sequence.request,
+            finish=_finish(sequence, search.best[0].reason, search.best),
+            queue_seconds=queue_seconds,
+            prefill_seconds=prefill_seconds,
+        )
+
+    @staticmethod
+    def _branch(sequence: _Sequence, going: Sequence[Continuation]) -> None:
+        """Let beams go on: a beam's first continuation keeps its slot, others get copies in slots of beams that end.
+
+        No copy reads a slot that another one writes, so their order does not matter.
+        """
+        old = sequence.branches
+        parents = {continuation.parent for continuation in going}
+        free = [*sequence.spare_slots, *(branch.slot for i, branch in enumerate(old) if i not in parents)]
+        new = []
+        for continuation in going:
+            parent = old[continuation.parent]
+            slot = parent.slot
+            if continuation.parent in parents:
+                parents.remove(continuation.parent)
+            else:
+                slot = free.pop(0)
+                sequence.copies.append(Move(parent.slot, slot, sequence.num_computed))
+            new.append(_Branch(slot, [*parent.output, continuation.token_id], continuation.log_likelihood))
+        sequence.branches, sequence.spare_slots = new, free
 
     # What it looks like
 
@@ -326,19 +465,38 @@ class Scheduler:
         return [sequence for sequence in self._sequences.values() if sequence.phase is phase]
 
 
-def _sample(sequence: _Sequence) -> Sample:
-    request = sequence.request
-    output = tuple(sequence.output) if request.sampling.adjusts_logits else ()
-    return Sample(request, len(request.prompt) + len(sequence.output), len(sequence.output), output)
+def _sample(request: Request, branch: _Branch) -> Sample:
+    output = tuple(branch.output) if request.sampling.adjusts_logits else ()
+    return Sample(request, len(request.prompt) + len(branch.output), len(branch.output), output)
+
+
+def _times(sequence: _Sequence) -> tuple[float, float]:
+    """Return the seconds in the queue and in prefill of a sequence that has its first token."""
+    assert sequence.prefill_started_at is not None and sequence.first_token_at is not None
+    queue_seconds = sequence.prefill_started_at - sequence.request.arrival
+    return queue_seconds, sequence.first_token_at - sequence.prefill_started_at
+
+
+def _finish(sequence: _Sequence, reason: FinishReason, hypotheses: tuple[Hypothesis, ...] = ()) -> Finish:
+    queue_seconds, prefill_seconds = _times(sequence)
+    assert sequence.first_token_at is not None
+    return Finish(
+        reason=reason,
+        queue_seconds=queue_seconds,
+        prefill_seconds=prefill_seconds,
+        decode_seconds=sequence.last_token_at - sequence.first_token_at,
+        hypotheses=hypotheses,
+    )
 
 
 def _view(sequence: _Sequence) -> SequenceView:
     return SequenceView(
         request_id=sequence.request.request_id,
         phase=sequence.phase,
-        slot=sequence.slot,
+        slots=sequence.slots,
+        num_slots=sequence.request.num_slots,
         num_prompt=len(sequence.request.prompt),
         num_computed=sequence.num_computed,
-        num_output=len(sequence.output),
+        num_output=sequence.num_output,
         max_total_tokens=sequence.request.max_total_tokens,
     )

@@ -22,10 +22,13 @@ class SlotLedger:
     Args:
         num_slots: rows of the state pools.
         budget: positions that may be committed over all slots together.
+        reuses_pages: whether a sequence writes where the one before it in its slot left pages; not so where those lie
+            anywhere in the slot, because the ones behind a window were given back.
     """
 
-    def __init__(self, num_slots: int, budget: int) -> None:
+    def __init__(self, num_slots: int, budget: int, *, reuses_pages: bool = True) -> None:
         self.budget = budget
+        self._reuses_pages = reuses_pages
         self._reserved = [0] * num_slots
         self._resident = [0] * num_slots
         self._free = set(range(num_slots))
@@ -50,17 +53,22 @@ class SlotLedger:
         """Positions whose memory is, or may come to be, committed."""
         return sum(max(pair) for pair in zip(self._reserved, self._resident, strict=True))
 
-    def acquire(self, positions: int) -> tuple[int, tuple[int, ...]] | None:
-        """Take the lowest free slot for a sequence, if memory allows; the lowest keeps the decode rows together.
+    def acquire(self, positions: int, count: int = 1) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Take the `count` lowest free slots, if memory allows; the lowest keep the decode rows together.
+
+        Args:
+            positions: that each of them may come to hold.
+            count: slots needed at once.
 
         Returns:
-            The slot, and the slots whose pages must be given back before it is written; None if it does not fit now.
+            The slots, and the slots whose pages must be given back before they are written; None if they do not fit
+            now.
         """
         need = rounded(positions)
-        if not self._free or self.reserved + need > self.budget:
+        if len(self._free) < count or self.reserved + count * need > self.budget:
             return None
-        slot = min(self._free)
-        return slot, self._hold(slot, need)
+        slots = tuple(sorted(self._free)[:count])
+        return slots, tuple(released for slot in slots for released in self._hold(slot, need))
 
     def move(self, source: int, destination: int) -> tuple[int, ...] | None:
         """Hand a reservation on to a free slot; the pages of `source` stay resident.
@@ -92,7 +100,7 @@ class SlotLedger:
         self._free.remove(slot)
         self._reserved[slot] = need
         released = []
-        if self._resident[slot] > need:
+        if self._resident[slot] > (need if self._reuses_pages else 0):
             self._resident[slot] = 0
             released.append(slot)
         for victim in sorted(self._free, key=lambda free: -self._resident[free]):

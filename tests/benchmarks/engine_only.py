@@ -25,7 +25,7 @@ class BareEngine:
     def __init__(self, repository: Path, name: str, threads: int) -> None:
         use_threads(threads)
         found = next(b for b in scan(repository) if isinstance(b, FoundBundle) and b.manifest.name == name)
-        self._size = pool_size(found.manifest, KV_MEMORY)
+        self._size = pool_size(found.manifest, NUM_SLOTS, KV_MEMORY)
         self.graph = StepGraph(found, NUM_SLOTS, self._size.capacity)
 
     def decode_rate(self, num_rows: int, context: int, steps: int = 24) -> float:

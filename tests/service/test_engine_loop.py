@@ -200,7 +200,7 @@ async def test_what_can_never_fit_is_refused_at_once_with_the_limit(tiny_bundles
     loop.start()
     with pytest.raises(ContextLengthExceeded, match=f"max_model_len of {loop.capacity}"):
         loop.submit(make_request(loop, "long", loop.capacity, 1))
-    per_position = sum(pool.slot_bytes for pool in loop._engine.graph.pools) // loop.capacity
+    per_position = sum(pool.array[0].nbytes for pool in loop._engine.graph.pools) // loop.capacity
     small = load(tiny_bundles["fp32"], EngineOptions(num_slots=2, kv_memory=256 * per_position))
     small.start()
     assert small.capacity == 256
@@ -245,12 +245,12 @@ async def test_a_sequence_whose_state_holds_nan_fails_alone(
     expected = await read(engine_loop.submit(make_request(engine_loop, "healthy", 9, 40)))
     decode = StepGraph.decode
 
-    def poisoning_decode(self: StepGraph, token_ids: list[int], lengths: list[int]) -> object:
+    def poisoning_decode(self: StepGraph, token_ids: list[int], lengths: list[int], real: list[int]) -> object:
         for slot, length in enumerate(lengths):
             if length == 60:  # the other one is never as long
                 for pool in self.pools:
                     pool.array[slot][:, :9] = np.nan
-        return decode(self, token_ids, lengths)
+        return decode(self, token_ids, lengths, real)
 
     monkeypatch.setattr(StepGraph, "decode", poisoning_decode)
     poisoned = engine_loop.submit(make_request(engine_loop, "poisoned", 9, 100))
@@ -279,12 +279,12 @@ async def test_a_row_on_which_the_graph_raises_fails_alone(
     def is_poison(length: int) -> bool:
         return length == len(poison.prompt) + 5
 
-    def failing_decode(self: StepGraph, token_ids: list[int], lengths: list[int]) -> object:
+    def failing_decode(self: StepGraph, token_ids: list[int], lengths: list[int], real: list[int]) -> object:
         if any(map(is_poison, lengths)):
             raise _Poison
-        return decode(self, token_ids, lengths)
+        return decode(self, token_ids, lengths, real)
 
-    def failing_chunk(self: StepGraph, slot: int, token_ids: list[int], start: int) -> object:
+    def failing_chunk(self: StepGraph, slot: int, token_ids: list[int] | tuple[int, ...], start: int) -> object:
         if len(token_ids) == 1 and is_poison(start + 1):
             raise _Poison
         return chunk(self, slot, token_ids, start)

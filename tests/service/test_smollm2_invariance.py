@@ -95,7 +95,7 @@ def test_a_prompt_gives_the_same_logits_and_states_whatever_the_limit_of_a_chunk
     length: int, bundle: FoundBundle
 ) -> None:
     use_threads(2)
-    graph = StepGraph(bundle, 2, pool_size(bundle.manifest, KV_MEMORY).capacity)
+    graph = StepGraph(bundle, 2, pool_size(bundle.manifest, 2, KV_MEMORY).capacity)
     rng = random.Random(length)
     prompt = [rng.randrange(3, VOCAB) for _ in range(length)]
     reference: np.ndarray | None = None

@@ -1,27 +1,44 @@
 """The scheduler, alone with a virtual engine whose tokens can be predicted.
 
-The virtual engine keeps the tokens of every slot like a KV cache does, and answers each sample with a hash of all that
-its slot holds: a token that was fed to the wrong slot, at the wrong position, twice or not at all changes the answer.
+The virtual engine keeps the tokens of every slot like a KV cache does, and the source that the slot began with. It
+answers each sample with a hash of all that its slot holds: a token that was fed to the wrong slot, at the wrong
+position, twice or not at all changes the answer, and so does a copy that came too late.
 """
 
 import hashlib
+import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
+import torch
 
+from models.beam import BeamSearch, search
 from service.scheduling.invariants import violations
-from service.scheduling.plan import Event, FailureEvent, StepPlan, StepResult, TokenEvent
-from service.scheduling.request import FinishReason, Request, Token
+from service.scheduling.plan import Event, FailureEvent, Sample, SearchEvent, StepPlan, StepResult, TokenEvent
+from service.scheduling.request import Beam, FinishReason, Hypothesis, Request, Source, Token
 from service.scheduling.scheduler import Scheduler, SchedulerConfig, chunk_length
 
 EOS = 7
 STOP = 8
 
 
-def next_token(context: Sequence[int]) -> int:
+def next_token(context: Sequence[int], source: Source | None = None) -> int:
     """The virtual model: a pure function of everything before."""
-    return hashlib.sha256(",".join(map(str, context)).encode()).digest()[0] % 64
+    return _digest(context, source)[0] % 64
+
+
+def next_distribution(context: Sequence[int], source: Source | None = None) -> list[float]:
+    """Log-probabilities of a vocabulary of 12, in which `EOS` is no rarer than others."""
+    digest = _digest(context, source)
+    weights = [1 + 256 * digest[i] + digest[12 + i] for i in range(12)]  # hardly ever two alike
+    return [math.log(weight / sum(weights)) for weight in weights]
+
+
+def _digest(context: Sequence[int], source: Source | None) -> bytes:
+    about = source.token_ids if source else ()
+    return hashlib.sha256(",".join(map(str, (*about, "|", *context))).encode()).digest()
 
 
 class VirtualEngine:
@@ -29,6 +46,7 @@ class VirtualEngine:
 
     def __init__(self, num_slots: int) -> None:
         self.slots: list[list[int]] = [[] for _ in range(num_slots)]
+        self.sources: list[Source | None] = [None] * num_slots
 
     def execute(self, plan: StepPlan) -> StepResult:
         tokens = {}
@@ -37,16 +55,28 @@ class VirtualEngine:
         for move in plan.moves:
             assert len(self.slots[move.source]) >= move.length
             self.slots[move.destination] = self.slots[move.source][: move.length]
+            self.sources[move.destination] = self.sources[move.source]
+        for encode in plan.encodes:
+            self.slots[encode.slot] = []
+            self.sources[encode.slot] = encode.source
         for slot, row in enumerate(plan.rows):
             self._write(slot, row.length - 1, [row.token_id])
             if row.sample is not None:
                 assert row.sample.position == row.length
-                tokens[row.sample.request.request_id] = Token(next_token(self.slots[slot]))
-        if (chunk := plan.chunk) is not None:
+                tokens[slot] = self._sample(slot, row.sample)
+        for chunk in plan.chunks:
             self._write(chunk.slot, chunk.start, chunk.token_ids)
             if chunk.sample is not None:
-                tokens[chunk.request_id] = Token(next_token(self.slots[chunk.slot]))
+                tokens[chunk.slot] = self._sample(chunk.slot, chunk.sample)
         return StepResult(tokens=tokens, failures={})
+
+    def _sample(self, slot: int, sample: Sample) -> Token:
+        source = self.sources[slot] if sample.request.source else None
+        if (beam := sample.request.beam) is None:
+            return Token(next_token(self.slots[slot], source))
+        scored = enumerate(next_distribution(self.slots[slot], source))
+        top = sorted(scored, key=lambda pair: -pair[1])[: 2 * beam.width]
+        return Token(top[0][0], top[0][1], tuple(top))
 
     def _write(self, slot: int, start: int, token_ids: Sequence[int]) -> None:
         # A parked free slot restarts at position 0; a sequence always continues where it was.
@@ -58,7 +88,7 @@ def oracle(request: Request) -> tuple[list[int], FinishReason]:
     """What the request must get, whoever else is there."""
     output: list[int] = []
     while True:
-        token = next_token((*request.prompt, *output))
+        token = next_token((*request.prompt, *output), request.source)
         output.append(token)
         if token in request.stop_token_ids:
             return output, FinishReason.STOP
@@ -66,6 +96,47 @@ def oracle(request: Request) -> tuple[list[int], FinishReason]:
             return output, FinishReason.EOS
         if len(output) == request.max_tokens:
             return output, FinishReason.LENGTH
+
+
+class VirtualModel:
+    """The virtual model as the oracle of beam search takes it; its state is the tokens of each row."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+
+    def encode(self, source: torch.Tensor, source_lengths: None = None) -> torch.Tensor:
+        return source
+
+    def begin(self, memory: torch.Tensor, source_lengths: None, capacity: int) -> "VirtualState":
+        return VirtualState([list(self.request.prompt[:-1])])
+
+    def decode(self, token_ids: torch.Tensor, state: "VirtualState") -> tuple[torch.Tensor, "VirtualState"]:
+        rows = [[*row, int(token)] for row, token in zip(state.rows, token_ids[:, 0], strict=True)]
+        logits = [next_distribution(row, self.request.source) for row in rows]
+        return torch.tensor(logits, dtype=torch.float64)[:, None].float(), VirtualState(rows)
+
+
+class VirtualState:
+    def __init__(self, rows: list[list[int]]) -> None:
+        self.rows = rows
+
+    def select(self, rows: torch.Tensor) -> "VirtualState":
+        return VirtualState([self.rows[row] for row in rows.tolist()])
+
+
+def beam_oracle(request: Request) -> list[tuple[tuple[int, ...], float]]:
+    """The answers of a search without a scheduler: their tokens, the end token left out, and their scores."""
+    beam = request.beam
+    assert beam is not None
+    options = BeamSearch(
+        width=beam.width,
+        max_tokens=request.max_tokens,
+        start_token_id=request.prompt[-1],
+        end_token_id=EOS,
+        length_penalty=beam.length_penalty,
+    )
+    (found,) = search(VirtualModel(request), torch.zeros(1, 1), None, options)
+    return [(one.token_ids, one.score) for one in found[: beam.num_answers]]
 
 
 def make_request(name: str, prompt_length: int, max_tokens: int, **fields: object) -> Request:
@@ -86,6 +157,7 @@ class Walk:
         self.scheduler = Scheduler(settings)
         self.engine = VirtualEngine(settings.num_slots)
         self.outputs: dict[str, list[int]] = {}
+        self.answers: dict[str, tuple[Hypothesis, ...]] = {}
         self.finished: dict[str, FinishReason] = {}
         self.now = 0.0
 
@@ -108,9 +180,13 @@ class Walk:
         events = self.scheduler.update(plan, result, self.now)
         self.check()
         for event in events:
-            assert isinstance(event, TokenEvent)
+            assert not isinstance(event, FailureEvent)
             name = event.request.request_id
             assert name not in self.finished, "an event after the last"
+            if isinstance(event, SearchEvent):
+                self.answers[name] = event.finish.hypotheses
+                self.finished[name] = event.finish.reason
+                continue
             self.outputs.setdefault(name, []).append(event.token.token_id)
             assert event.is_first == (len(self.outputs[name]) == 1)
             if event.finish is not None:
@@ -130,6 +206,48 @@ def test_one_request_gets_what_the_model_says() -> None:
     assert (walk.outputs["alone"], walk.finished["alone"]) == oracle(request)
 
 
+def random_request(name: str, rng: random.Random, walk: Walk) -> Request:
+    """Any request that fits, about a source or not, with a beam search or not."""
+    capacity = walk.scheduler.config.capacity
+    while True:
+        prompt = rng.randint(1, capacity - 1)
+        source = tuple(rng.randrange(64) for _ in range(rng.randint(1, 9)))
+        request = make_request(
+            name,
+            prompt,
+            rng.randint(1, capacity - prompt),
+            arrival=walk.now,
+            priority=rng.randint(-1, 1),
+            source=Source(source) if rng.random() < 0.5 else None,
+            beam=Beam(width=rng.randint(1, 3)) if rng.random() < 0.2 else None,
+        )
+        if request.beam is None and rng.random() < 0.5:
+            request = replace(request, stop_token_ids=frozenset({STOP}))
+        if walk.scheduler.fits(request):
+            return request
+
+
+def assert_answered(walk: Walk, request: Request) -> None:
+    """What a request has got is what it gets alone, or the beginning of that if it was cancelled."""
+    name = request.request_id
+    if request.beam is not None:
+        if name in walk.finished:
+            assert_found(walk.answers[name], request)
+        return
+    tokens, reason = oracle(request)
+    if name in walk.finished:
+        assert (walk.outputs[name], walk.finished[name]) == (tokens, reason)
+    else:
+        assert walk.outputs.get(name, []) == tokens[: len(walk.outputs.get(name, []))]
+
+
+def assert_found(answers: Sequence[Hypothesis], request: Request) -> None:
+    expected = beam_oracle(request)
+    found = [tuple(token for token in one.token_ids if token != EOS) for one in answers]
+    assert found == [tokens for tokens, _ in expected]
+    assert [one.score for one in answers] == pytest.approx([score for _, score in expected], rel=1e-5)
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_in_a_random_walk_every_request_gets_exactly_what_it_gets_alone(seed: int) -> None:
     rng = random.Random(seed)
@@ -141,6 +259,8 @@ def test_in_a_random_walk_every_request_gets_exactly_what_it_gets_alone(seed: in
         kv_budget=rng.randint(-(-capacity // 16) * 16, slots * 128),
         chunk_tokens=rng.randint(4, 20),
         idle_chunk_tokens=rng.randint(4, 40),
+        prefill_chunk=rng.choice([None, None, 1, 5]),
+        window=rng.choice([None, None, 20]),
     )
     walk = Walk(settings)
     requests: dict[str, Request] = {}
@@ -149,15 +269,7 @@ def test_in_a_random_walk_every_request_gets_exactly_what_it_gets_alone(seed: in
         alive = sorted(set(requests) - set(walk.finished) - cancelled)
         choice = rng.random()
         if choice < 0.25 and len(alive) < 12:
-            prompt = rng.randint(1, capacity - 1)
-            request = make_request(
-                f"{seed}-{operation}",
-                prompt,
-                rng.randint(1, capacity - prompt),
-                arrival=walk.now,
-                priority=rng.randint(-1, 1),
-                stop_token_ids=frozenset({STOP} if rng.random() < 0.5 else ()),
-            )
+            request = random_request(f"{seed}-{operation}", rng, walk)
             requests[request.request_id] = request
             walk.add(request)
         elif choice < 0.35 and alive:
@@ -176,16 +288,84 @@ def test_in_a_random_walk_every_request_gets_exactly_what_it_gets_alone(seed: in
     while walk.scheduler.has_work:
         walk.step()
     for name, request in requests.items():
-        tokens, reason = oracle(request)
-        if name in walk.finished:
-            assert (walk.outputs[name], walk.finished[name]) == (tokens, reason)
-        else:
-            assert name in cancelled
-            assert walk.outputs.get(name, []) == tokens[: len(walk.outputs.get(name, []))]
+        assert name in walk.finished or name in cancelled
+        assert_answered(walk, request)
     walk.scheduler.release_idle()
     last = walk.scheduler.snapshot()
     assert (last.committed, last.reserved, last.sequences) == (0, 0, ())
     assert last.free_slots == set(range(slots))
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
+def test_a_beam_search_among_others_finds_what_it_finds_alone(width: int, length_penalty: float) -> None:
+    walk = Walk(config(num_slots=7, kv_budget=1024))
+    requests = [
+        make_request(
+            f"search {number}",
+            1 + 5 * (number % 2),
+            2 + 3 * number,
+            beam=Beam(width=width, length_penalty=length_penalty, num_answers=width),
+            source=Source((number, 3)),
+        )
+        for number in range(4)
+    ]
+    walk.add(make_request("other", 9, 40, eos_token_ids=frozenset()))
+    for request in requests:
+        walk.add(request)
+        walk.step()
+    while walk.scheduler.has_work:
+        walk.step()
+    for request in requests:
+        assert_found(walk.answers[request.request_id], request)
+    assert len(walk.outputs["other"]) == 40
+
+
+def test_a_search_wider_than_the_slots_can_never_run() -> None:
+    assert not Scheduler(config(num_slots=3)).fits(make_request("wide", 4, 4, beam=Beam(width=4)))
+
+
+def test_a_prompt_of_one_token_is_a_decode_row_and_short_prompts_share_a_step() -> None:
+    walk = Walk(config(idle_chunk_tokens=16))
+    for name, length in (("one", 1), ("first", 6), ("second", 7), ("too long", 8)):
+        walk.add(make_request(name, length, 4))
+    plan = walk.scheduler.schedule(0.0)
+    assert [row.request_id for row in plan.rows] == ["one"]
+    walk.engine.execute(plan)
+    assert [chunk.request_id for chunk in plan.chunks] == ["first"], "beside a decode row 8 tokens are the limit"
+    walk = Walk(config(idle_chunk_tokens=16))
+    for name, length in (("first", 6), ("second", 7), ("too long", 8)):
+        walk.add(make_request(name, length, 4))
+    assert [chunk.request_id for chunk in walk.scheduler.schedule(0.0).chunks] == ["first", "second"]
+
+
+def test_sources_are_read_before_their_prompts_and_as_many_as_the_limit_allows() -> None:
+    walk = Walk(config(idle_chunk_tokens=16))
+    for name in ("first", "second", "third"):
+        walk.add(make_request(name, 1, 4, source=Source(tuple(range(7)))))
+    plan = walk.scheduler.schedule(0.0)
+    assert [encode.request_id for encode in plan.encodes] == ["first", "second"]
+    assert plan.rows == plan.chunks == ()
+    walk.scheduler.update(plan, walk.engine.execute(plan), 1.0)
+    plan = walk.scheduler.schedule(1.0)
+    assert [encode.request_id for encode in plan.encodes] == ["third"]
+    assert [row.request_id for row in plan.rows] == ["first", "second"]
+
+
+def test_a_prompt_is_cut_where_the_bundle_says_whatever_else_runs() -> None:
+    walk = Walk(config(prefill_chunk=6))
+    walk.add(make_request("running", 1, 100, eos_token_ids=frozenset()))
+    walk.step()
+    walk.add(make_request("cut", 15, 2))
+    sizes = []
+    while "cut" not in walk.finished:
+        plan = walk.scheduler.schedule(walk.now)
+        sizes += [len(chunk.token_ids) for chunk in plan.chunks]
+        walk.now += 1
+        for event in walk.scheduler.update(plan, walk.engine.execute(plan), walk.now):
+            if event.finish is not None:
+                walk.finished[event.request.request_id] = event.finish.reason
+    assert sizes == [6, 6, 3]
 
 
 @pytest.mark.parametrize("limit", range(4, 40))
@@ -222,8 +402,7 @@ def test_a_waiting_request_takes_the_hole_instead_of_a_copy() -> None:
         walk.step()
     plan = walk.scheduler.schedule(walk.now)
     assert plan.moves == ()
-    assert plan.chunk is not None
-    assert (plan.chunk.request_id, plan.chunk.slot) == ("third", 0)
+    assert [(chunk.request_id, chunk.slot) for chunk in plan.chunks] == [("third", 0)]
 
 
 def test_urgent_requests_go_first_and_equal_ones_in_order_of_arrival() -> None:
@@ -255,7 +434,7 @@ def test_a_failure_ends_its_own_request_only() -> None:
     plan = walk.scheduler.schedule(walk.now)
     result = walk.engine.execute(plan)
     failed = StepResult(
-        tokens={name: token for name, token in result.tokens.items() if name != "poison"},
+        tokens={slot: token for slot, token in result.tokens.items() if plan.rows[slot].request_id != "poison"},
         failures={"poison": "the graph failed"},
     )
     events = walk.scheduler.update(plan, failed, walk.now)

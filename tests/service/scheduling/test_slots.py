@@ -14,10 +14,10 @@ def test_positions_are_rounded_up_to_whole_groups(positions: int, expected: int)
 
 def test_the_lowest_free_slot_is_taken() -> None:
     ledger = SlotLedger(4, 1000)
-    assert [ledger.acquire(10)[0] for _ in range(4)] == [0, 1, 2, 3]
+    assert [ledger.acquire(10)[0] for _ in range(4)] == [(0,), (1,), (2,), (3,)]
     ledger.give_back(2, 10)
     ledger.give_back(1, 10)
-    assert ledger.acquire(10)[0] == 1
+    assert ledger.acquire(10)[0] == (1,)
 
 
 def test_a_sequence_that_does_not_fit_the_budget_waits() -> None:
@@ -29,12 +29,11 @@ def test_a_sequence_that_does_not_fit_the_budget_waits() -> None:
 
 def test_resident_pages_are_given_back_only_under_pressure() -> None:
     ledger = SlotLedger(3, 64)
-    first, _ = ledger.acquire(48)
+    (first,), _ = ledger.acquire(48)
     ledger.give_back(first, 40)
     assert ledger.committed == 48
-    assert ledger.acquire(16) == (0, (0,)), "a slot with more pages than it reserves starts empty"
-    second, released = ledger.acquire(32)
-    assert (second, released) == (1, ())
+    assert ledger.acquire(16) == ((0,), (0,)), "a slot with more pages than it reserves starts empty"
+    assert ledger.acquire(32) == ((1,), ())
     ledger.give_back(1, 32)
     assert ledger.release_idle() == (1,)
     assert ledger.committed == ledger.reserved == 16
@@ -42,13 +41,13 @@ def test_resident_pages_are_given_back_only_under_pressure() -> None:
 
 def test_a_move_needs_memory_for_both_copies() -> None:
     tight = SlotLedger(2, 32)
-    assert tight.acquire(16) == (0, ())
-    assert tight.acquire(16) == (1, ())
+    assert tight.acquire(16) == ((0,), ())
+    assert tight.acquire(16) == ((1,), ())
     tight.give_back(0, 16)
     assert tight.move(1, 0) == ()
     assert tight.free == {1}
     full = SlotLedger(2, 16)
-    assert full.acquire(16) == (0, ())
+    assert full.acquire(16) == ((0,), ())
     assert full.move(0, 1) is None
 
 
@@ -60,8 +59,9 @@ def test_the_budget_holds_in_a_random_walk(seed: int) -> None:
     for _ in range(500):
         choice = rng.random()
         if choice < 0.5 and (placed := ledger.acquire(size := rng.randint(1, ledger.budget))):
-            assert placed[0] not in held
-            held[placed[0]] = size
+            ((slot,), _) = placed
+            assert slot not in held
+            held[slot] = size
         elif choice < 0.8 and held:
             slot = rng.choice(sorted(held))
             ledger.give_back(slot, rng.randint(0, held.pop(slot)))
