@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
             precision=given.precision,
             max_model_len=given.max_model_len,
             sampling_defaults=asked or advised,
+            explain=given.explain,
             force=given.force,
             report=report,
         )
@@ -69,6 +70,11 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="FIELD=VALUE",
         help=f"what to advise where a request is silent: {', '.join(SamplingDefaults.model_fields)}",
+    )
+    parser.add_argument(
+        "--explain",
+        action=argparse.BooleanOptionalAction,
+        help="add a graph that shows attention weights (default: if it adds at most 256 MiB to the bundle)",
     )
     parser.add_argument("--force", action="store_true", help="replace a bundle of the same name and version")
     return parser

@@ -19,6 +19,7 @@ from export import manifest as describe
 from export.decoder import export_decoder
 from export.encoder import export_encoder
 from export.errors import ExportRefused
+from export.explain_graph import add_explain_graph
 from export.parts import Parts, Report
 from export.text import QUALITY, tokens_of
 from models.checkpoint import TrainedModel
@@ -69,6 +70,7 @@ def export_bundle(
     precision: str,
     max_model_len: int | None = None,
     sampling_defaults: SamplingDefaults | None = None,
+    explain: bool | None = False,
     force: bool = False,
     report: Report = print,
 ) -> Manifest:
@@ -80,6 +82,7 @@ def export_bundle(
         precision: one of `PRECISIONS`.
         max_model_len: longest sequence to serve; the decoder's own limit by default.
         sampling_defaults: what to advise where a request is silent.
+        explain: add a graph that shows attention weights; where None, unless it would make the bundle much larger.
         force: replace a bundle of the same name and version.
         report: takes one line for every stage and check.
 
@@ -99,6 +102,8 @@ def export_bundle(
     try:
         text = tokens_of(QUALITY, model.tokenizer.json)
         parts = export(scratch, model, precision, length, text, report)
+        if explain is not False:
+            parts = add_explain_graph(scratch, model.module, parts, explain, report)
         (scratch / describe.TOKENIZER_FILE).write_text(model.tokenizer.json, "utf-8")
         manifest = Manifest(
             name=target.name,
@@ -111,6 +116,7 @@ def export_bundle(
             vocabulary=describe.vocabulary(model),
             sampling_defaults=sampling_defaults or SamplingDefaults(),
             embedding=parts.embedding,
+            explain=parts.explain,
             graphs=parts.graphs,
             states=parts.states,
             files=tuple(describe.files(scratch)),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from export.encode_graph import EncodeGraph
 from export.graph import StepGraph
+from export.gru import onnx_grus
 from export.operators import OPSET
 
 _EXAMPLE_ROWS, _EXAMPLE_TOKENS, _EXAMPLE_CAPACITY, _EXAMPLE_LOGIT_ROWS = 2, 3, 5, 4
@@ -60,6 +61,42 @@ def write_encode_graph(graph: EncodeGraph, path: Path) -> None:
     _write(graph, path, example, ({0: rows, 1: tokens}, {0: rows}), inputs=["token_ids", "lengths"], outputs=["hidden"])
 
 
+def trace(
+    graph: nn.Module,
+    example: tuple[Any, ...],
+    shapes: tuple[Any, ...],
+    *,
+    inputs: list[str],
+    outputs: list[str],
+    optimize: bool = True,
+    opset: int = OPSET,
+    translations: dict[Any, Any] | None = None,
+) -> torch.onnx.ONNXProgram:
+    """Trace a module on example inputs, whose dynamic axes `shapes` names, and return the ONNX program.
+
+    Without `optimize` tensors stay as the module has them, by its own names. `translations` says what PyTorch's
+    exporter does not know: ONNX functions by the operators that they stand for.
+    """
+    # The exporter tells of every operator of torchvision that it leaves out; there is none in our graphs.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), onnx_grus(graph):
+        # PyTorch about itself: a deprecated pickle hook, and inputs that share an axis name.
+        warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)`", FutureWarning)
+        warnings.filterwarnings("ignore", "# The axis name: .* will not be used", UserWarning)
+        return torch.onnx.export(
+            graph.eval(),
+            example,
+            dynamo=True,
+            opset_version=opset,
+            custom_translation_table=translations,
+            dynamic_shapes=shapes,
+            input_names=inputs,
+            output_names=outputs,
+            optimize=optimize,
+            verbose=False,
+        )
+
+
 def _write(
     graph: nn.Module,
     path: Path,
@@ -68,20 +105,4 @@ def _write(
     inputs: list[str],
     outputs: list[str],
 ) -> None:
-    # The exporter tells of every operator of torchvision that it leaves out; there is none in our graphs.
-    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        # PyTorch about itself: a deprecated pickle hook, and inputs that share an axis name.
-        warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)`", FutureWarning)
-        warnings.filterwarnings("ignore", "# The axis name: .* will not be used", UserWarning)
-        program = torch.onnx.export(
-            graph.eval(),
-            example,
-            dynamo=True,
-            opset_version=OPSET,
-            dynamic_shapes=shapes,
-            input_names=inputs,
-            output_names=outputs,
-            verbose=False,
-        )
-    program.save(path, external_data=True)
+    trace(graph, example, shapes, inputs=inputs, outputs=outputs).save(path, external_data=True)

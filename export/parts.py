@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from attendant.bundle import Certificate, Embedding, Golden, GraphSpec, Limits, StateSpec
+from attendant.bundle import Certificate, Embedding, Explain, Golden, GraphSpec, Limits, StateSpec
 
 Report = Callable[[str], None]
 """Takes one line for every stage and check."""
@@ -22,3 +22,4 @@ class Parts:
     certificate: Certificate
     states: tuple[StateSpec, ...] = ()
     embedding: Embedding | None = None
+    explain: Explain | None = None

@@ -94,7 +94,7 @@ class Role(StrEnum):
     HIDDEN = "hidden"
     """[rows, tokens, width]: the last layer's output."""
     WEIGHTS = "weights"
-    """Attention weights, for explain graphs only."""
+    """[1, heads, rows, columns] float32: attention weights, of explain graphs only; `explain` says of what."""
     STATE = "state"
     """A state of the manifest, named by its `input`, `output` or `made`."""
 
@@ -317,6 +317,46 @@ class ImageInput(_Frozen):
         return self
 
 
+class Places(StrEnum):
+    """What the rows or the columns of attention weights stand for."""
+
+    TOKENS = "tokens"
+    """The tokens of `token_ids`."""
+    WRITTEN = "written"
+    """What is written after each of `token_ids`, so the first row is that of the first token written."""
+    SOURCE = "source"
+    """The tokens of `source_ids`."""
+    PATCHES = "patches"
+    """Patches of the image in reading order, after a class token if the model has one."""
+    GLANCE = "glance"
+    """The whole image, looked at once."""
+
+
+class WeightsSpec(_Frozen):
+    """What one output of the explain graph, [1, heads, rows, columns], shows.
+
+    `kind` is a name to ask for, `title` what people call it. A row sees so many columns to the `left` and to the
+    `right` of its own place, all where None; elsewhere its weights are exactly 0.
+    """
+
+    output: str
+    kind: FamilyName
+    layer: int = Field(ge=0)
+    title: str
+    rows: Places
+    columns: Places
+    left: int | None = Field(default=None, ge=0)
+    right: int | None = Field(default=None, ge=0)
+
+
+class Explain(_Frozen):
+    """What an explain graph shows; `grid` is that of an image's patches, in rows and columns."""
+
+    weights: tuple[WeightsSpec, ...] = Field(min_length=1)
+    grid: tuple[int, int] | None = None
+    class_token: bool = False
+
+
 class SamplingDefaults(_Frozen):
     """What the bundle's authors advise where a request is silent."""
 
@@ -374,6 +414,7 @@ class Manifest(_Frozen):
     classes: Classes | None = None
     sampling_defaults: SamplingDefaults = SamplingDefaults()
     embedding: Embedding | None = None
+    explain: Explain | None = None
     graphs: tuple[GraphSpec, ...] = Field(min_length=1)
     states: tuple[StateSpec, ...] = ()
     files: tuple[FileRef, ...]
@@ -406,7 +447,21 @@ class Manifest(_Frozen):
         if takes_image != (self.image is not None):
             raise ValueError("exactly the bundles with a graph that takes an image say in `image` which they take")
         self._states_are_wired()
+        self._weights_are_explained()
         return self
+
+    def _weights_are_explained(self) -> None:
+        graph, told = self.graph(GraphKind.EXPLAIN), self.explain.weights if self.explain else ()
+        outputs = {tensor.name: tensor for tensor in graph.outputs} if graph else {}
+        if sorted(outputs) != sorted(spec.output for spec in told):
+            raise ValueError("the outputs of the explain graph and the weights that `explain` describes differ")
+        if ("explain" in self.tasks) != (graph is not None):
+            raise ValueError("exactly the bundles with an explain graph have the task explain")
+        for spec in told:
+            if outputs[spec.output].role is not Role.WEIGHTS or len(outputs[spec.output].axes) != 4:
+                raise ValueError(f"{spec.output}: an output of the explain graph has role weights and four axes")
+        if any(Places.PATCHES in (spec.rows, spec.columns) for spec in told) and self.explain.grid is None:
+            raise ValueError("weights of patches need `grid`, how many there are")
 
     def _states_are_wired(self) -> None:
         step = self.graph(GraphKind.STEP)
