@@ -1,27 +1,25 @@
 """One encoder's thread, and the calls through which the event loop talks to it.
 
-As in `engine_loop`, the event loop submits and the thread works: it takes whatever texts wait, forms a batch of similar
-lengths, runs it, and hands all vectors of the batch back in one `call_soon_threadsafe`. Texts of one call may run in
-different batches; the call ends with its last text.
+As in `engine_loop`, the event loop submits and the thread works: it takes whatever texts or images wait, forms a batch
+of similar lengths, runs it, makes of each result what its task asks for, and hands all of the batch back in one
+`call_soon_threadsafe`. Items of one call may run in different batches; the call ends with its last item.
 """
 
 import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Generic, Self, TypeVar, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from attendant.bundle import Check, Manifest
 from service.bundle import FoundBundle, verify_files
 from service.bundle_thread import BundleThread
-from service.engine.encode_graph import EncodeGraph
+from service.engine.encode_graph import Array, EncodeGraph, Item
 from service.engine.encode_self_test import check_encoder
-from service.engine.pooling import VectorOptions, pool
 from service.engine.runtime import use_threads
 from service.errors import AttendantError, ExecutionFailed, QueueFull
 from service.metrics import ModelMetrics
@@ -29,7 +27,11 @@ from service.scheduling.batching import BatchLimits, form_batch
 
 logger = logging.getLogger(__name__)
 
-_CANDIDATES = 1024  # of the waiting texts, oldest first: enough for any length to find its like
+_CANDIDATES = 1024  # of the waiting items, oldest first: enough for any length to find its like
+
+Result = TypeVar("Result")
+Finish = Callable[[Array], Result]
+"""A task's own last step: makes an answer of what the graph made of one item, on its exact length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,40 +50,50 @@ class EncodeOptions:
 
 
 @dataclass(slots=True, eq=False)
-class EncodeCall:
-    """The texts of one call. `vectors` are complete once `done` has come; times are those of `EncodeLoop.clock`."""
+class EncodeCall(Generic[Result]):
+    """The items of one call, by what name they go in errors, and what becomes of each once `done` has come.
 
-    texts: Sequence[Sequence[int]]
-    options: VectorOptions
+    Times are those of `EncodeLoop.clock`.
+    """
+
+    items: Sequence[Item]
+    finish: Finish[Result]
     arrival: float
+    field_name: str
     done: asyncio.Future[None]
-    vectors: list[NDArray[np.float32] | None] = field(init=False)
+    found: list[Result | None] = field(init=False)
     missing: int = field(init=False)
     started: float | None = None
     ended: float = 0.0
     cancelled: bool = False
 
     def __post_init__(self) -> None:
-        self.vectors = [None] * len(self.texts)
-        self.missing = len(self.texts)
+        self.found = [None] * len(self.items)
+        self.missing = len(self.items)
+
+    @property
+    def results(self) -> list[Result]:
+        """What became of each item, in their order."""
+        assert not self.missing, "the call is finished"
+        return cast(list[Result], self.found)
 
 
 @dataclass(frozen=True, slots=True)
-class _Text:
-    call: EncodeCall
+class _Job:
+    call: EncodeCall[Any]
     index: int
 
     @property
-    def token_ids(self) -> Sequence[int]:
-        return self.call.texts[self.index]
+    def item(self) -> Item:
+        return self.call.items[self.index]
 
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """What came of one text: a vector, or the reason why there is none."""
+    """What came of one item, or the reason why nothing did."""
 
-    text: _Text
-    vector: NDArray[np.float32] | None
+    job: _Job
+    result: Any
     reason: str = ""
 
 
@@ -101,8 +113,8 @@ class EncodeLoop(BundleThread):
         self._graph = graph
         self._options = options
         self._metrics = metrics
-        self._calls: set[EncodeCall] = set()
-        self._waiting: deque[_Text] = deque()
+        self._calls: set[EncodeCall[Any]] = set()
+        self._waiting: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._stopped = False
 
@@ -126,8 +138,10 @@ class EncodeLoop(BundleThread):
 
     # Called on the event loop
 
-    async def encode(self, texts: Sequence[Sequence[int]], options: VectorOptions, arrival: float) -> EncodeCall:
-        """Encode texts of token ids, none empty or longer than the capacity, and return the finished call.
+    async def encode(
+        self, items: Sequence[Item], finish: Finish[Result], arrival: float, field_name: str = "inputs"
+    ) -> EncodeCall[Result]:
+        """Run items, none empty or longer than the capacity, and return the finished call.
 
         A call that is cancelled meanwhile leaves the queue; what is in a batch already is thrown away.
 
@@ -135,9 +149,11 @@ class EncodeLoop(BundleThread):
             QueueFull: as many calls wait as may.
             Draining: no more calls are taken.
             ModelUnavailable: the thread has failed.
-            ExecutionFailed: the graph failed on one of the texts.
+            ExecutionFailed: the graph failed on one of the items, which is named after `field_name`.
         """
-        call = self._submit(texts, options, arrival)
+        future = asyncio.get_running_loop().create_future()
+        call = EncodeCall(items, finish, arrival, field_name, future)
+        self._submit(call)
         try:
             await call.done
         finally:
@@ -145,7 +161,7 @@ class EncodeLoop(BundleThread):
             self._forget(call)
         return call
 
-    def _submit(self, texts: Sequence[Sequence[int]], options: VectorOptions, arrival: float) -> EncodeCall:
+    def _submit(self, call: EncodeCall[Any]) -> None:
         self._check_accepts()
         limit = self._options.max_waiting_requests
         if len(self._calls) >= limit:
@@ -154,37 +170,35 @@ class EncodeLoop(BundleThread):
                 0.1,
                 {"requests": str(len(self._calls)), "max_requests": str(limit)},
             )
-        assert all(0 < len(text) <= self.capacity for text in texts), "lengths are checked by the caller"
-        call = EncodeCall(texts, options, arrival, asyncio.get_running_loop().create_future())
+        assert all(0 < item.length <= self.capacity for item in call.items), "lengths are checked by the caller"
         self._calls.add(call)
         self._idle.clear()
         with self._changed:
-            self._waiting.extend(_Text(call, index) for index in range(len(texts)))
+            self._waiting.extend(_Job(call, index) for index in range(len(call.items)))
             self._changed.notify()
         self._publish_occupancy()
-        return call
 
-    def _forget(self, call: EncodeCall) -> None:
+    def _forget(self, call: EncodeCall[Any]) -> None:
         self._calls.discard(call)
         if not self._calls:
             self._idle.set()
         self._publish_occupancy()
 
     def _publish(self, outcomes: Sequence[_Outcome], started: float, ended: float, padded_tokens: int) -> None:
-        """Hand a batch's vectors to their calls and to the metrics; runs on the event loop."""
-        real = sum(len(outcome.text.token_ids) for outcome in outcomes)
+        """Hand the results of a batch to their calls and to the metrics; runs on the event loop."""
+        real = sum(outcome.job.item.length for outcome in outcomes)
         self._metrics.step("encode", len(outcomes), real, padded_tokens - real, ended - started)
         for outcome in outcomes:
-            call = outcome.text.call
+            job, call = outcome.job, outcome.job.call
             if call.done.done():
                 continue
             if call.started is None:
                 call.started = started
-                self._metrics.queued(len(outcome.text.token_ids), started - call.arrival)
-            if outcome.vector is None:
-                call.done.set_exception(ExecutionFailed(f"inputs[{outcome.text.index}]: {outcome.reason}"))
+                self._metrics.queued(job.item.length, started - call.arrival)
+            if outcome.reason:
+                call.done.set_exception(ExecutionFailed(f"{call.field_name}[{job.index}]: {outcome.reason}"))
                 continue
-            call.vectors[outcome.text.index] = outcome.vector
+            call.found[job.index] = outcome.result
             call.missing -= 1
             if not call.missing:
                 call.ended = ended
@@ -211,40 +225,39 @@ class EncodeLoop(BundleThread):
             if batch:
                 self._run_batch(batch)
 
-    def _next_batch(self) -> list[_Text] | None:
-        """Wait for texts and take those that run together; None means stop."""
+    def _next_batch(self) -> list[_Job] | None:
+        """Wait for items and take those that run together; None means stop."""
         self._busy_since = None
         with self._changed:
             while not self._waiting and not self._stopped:
                 self._changed.wait()
             if self._stopped:
                 return None
-            live = [text for text in self._waiting if not text.call.cancelled]
-            lengths = [len(text.token_ids) for text in live[:_CANDIDATES]]
+            live = [job for job in self._waiting if not job.call.cancelled]
+            lengths = [job.item.length for job in live[:_CANDIDATES]]
             chosen = set(form_batch(lengths, self._options.limits)) if live else set()
-            self._waiting = deque(text for index, text in enumerate(live) if index not in chosen)
-        return [text for index, text in enumerate(live) if index in chosen]
+            self._waiting = deque(job for index, job in enumerate(live) if index not in chosen)
+        return [job for index, job in enumerate(live) if index in chosen]
 
-    def _run_batch(self, batch: list[_Text]) -> None:
+    def _run_batch(self, batch: list[_Job]) -> None:
         started = self._busy_since = self.clock()
         outcomes = self._encode(batch)
-        padded = len(batch) * max(len(text.token_ids) for text in batch)
+        padded = len(batch) * max(job.item.length for job in batch)
         self._call_soon(self._publish, outcomes, started, self.clock(), padded)
 
-    def _encode(self, batch: list[_Text]) -> list[_Outcome]:
-        """Run a batch; if that fails, run its texts one by one, which gives the same bits, to find the one at fault."""
+    def _encode(self, batch: list[_Job]) -> list[_Outcome]:
+        """Run a batch; if that fails, run its items one by one, which gives the same bits, to find the one at fault."""
         try:
-            found = self._graph.run([text.token_ids for text in batch])
+            found = self._graph.run([job.item for job in batch])
         except Exception as error:
-            logger.exception("a batch of %d texts failed", len(batch))
+            logger.exception("a batch of %d items failed", len(batch))
             if len(batch) == 1:
                 return [_Outcome(batch[0], None, f"the graph failed ({type(error).__name__})")]
-            return [outcome for text in batch for outcome in self._encode([text])]
-        return [_outcome(text, vectors) for text, vectors in zip(batch, found, strict=True)]
+            return [outcome for job in batch for outcome in self._encode([job])]
+        return [_outcome(job, array) for job, array in zip(batch, found, strict=True)]
 
 
-def _outcome(text: _Text, vectors: NDArray[np.float32]) -> _Outcome:
-    vector = pool(vectors, text.call.options)
-    if not np.isfinite(vector).all():
-        return _Outcome(text, None, "its vector is not finite")
-    return _Outcome(text, vector)
+def _outcome(job: _Job, array: Array) -> _Outcome:
+    if not np.isfinite(array).all():
+        return _Outcome(job, None, "what the model made of it is not finite")
+    return _Outcome(job, job.call.finish(array))

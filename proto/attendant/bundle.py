@@ -27,6 +27,14 @@ LOGIT_ROWS = "logit_rows"  # positions whose logits are wanted
 SOURCE = "source"  # positions of the source that a sequence is written about
 AXES = frozenset({ROWS, TOKENS, CAPACITY, LOGIT_ROWS, SOURCE})
 
+# The axes of an encoder's logits before the last one, by task.
+_LOGIT_AXES: dict[str, tuple[str, ...]] = {
+    "classify": (ROWS,),
+    "score": (ROWS,),
+    "tag": (ROWS, TOKENS),
+    "fill_mask": (LOGIT_ROWS,),
+}
+
 Axis = int | str
 ModelName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 FamilyName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
@@ -272,6 +280,8 @@ class Vocabulary(_Frozen):
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    mask_token_id: int | None = None
+    """Stands where a token is to be filled in."""
     add_bos: bool = False
     """Whether a plain prompt starts with `bos_token_id`."""
     chat_template: str | None = None
@@ -443,6 +453,7 @@ class Manifest(_Frozen):
             GraphKind.ENCODE not in kinds or self.vocabulary is None or self.embedding is None
         ):
             raise ValueError("an embedding bundle needs an encode graph, a vocabulary and `embedding`")
+        self._encodes_its_tasks()
         takes_image = any(graph.input(Role.IMAGE) for graph in self.graphs)
         if takes_image != (self.image is not None):
             raise ValueError("exactly the bundles with a graph that takes an image say in `image` which they take")
@@ -450,8 +461,26 @@ class Manifest(_Frozen):
         self._weights_are_explained()
         return self
 
+    def _encodes_its_tasks(self) -> None:
+        encode = self.graph(GraphKind.ENCODE)
+        logits = encode.output(Role.LOGITS) if encode else None
+        for task, axes in _LOGIT_AXES.items():
+            if task in self.tasks and (logits is None or logits.axes[:-1] != axes):
+                raise ValueError(f"a bundle with the task {task} needs an encode graph with logits of {axes}")
+        num_classes = len(self.classes.labels) if self.classes else None
+        if {"classify", "tag"} & set(self.tasks) and logits is not None and logits.axes[-1] != num_classes:
+            raise ValueError("a bundle that classifies or tags needs `classes`, one for each of its logits")
+        if {"tag", "fill_mask", "score"} & set(self.tasks) and self.vocabulary is None:
+            raise ValueError("a bundle that tags, fills masks or scores needs a vocabulary")
+        if "classify" in self.tasks and self.vocabulary is None and self.image is None:
+            raise ValueError("a classifying bundle needs a vocabulary or `image`")
+        if "fill_mask" in self.tasks and (self.vocabulary is None or self.vocabulary.mask_token_id is None):
+            raise ValueError("a bundle that fills masks needs a mask_token_id")
+        if "score" in self.tasks and (logits is None or logits.axes[-1] != 1):
+            raise ValueError("a scoring bundle needs exactly one logit")
+
     def _weights_are_explained(self) -> None:
-        graph, told = self.graph(GraphKind.EXPLAIN), self.explain.weights if self.explain else ()
+        graph, told = self.graph(GraphKind.EXPLAIN), () if self.explain is None else self.explain.weights
         outputs = {tensor.name: tensor for tensor in graph.outputs} if graph else {}
         if sorted(outputs) != sorted(spec.output for spec in told):
             raise ValueError("the outputs of the explain graph and the weights that `explain` describes differ")
@@ -460,7 +489,8 @@ class Manifest(_Frozen):
         for spec in told:
             if outputs[spec.output].role is not Role.WEIGHTS or len(outputs[spec.output].axes) != 4:
                 raise ValueError(f"{spec.output}: an output of the explain graph has role weights and four axes")
-        if any(Places.PATCHES in (spec.rows, spec.columns) for spec in told) and self.explain.grid is None:
+        shows_patches = any(Places.PATCHES in (spec.rows, spec.columns) for spec in told)
+        if shows_patches and self.explain is not None and self.explain.grid is None:
             raise ValueError("weights of patches need `grid`, how many there are")
 
     def _states_are_wired(self) -> None:
@@ -480,6 +510,14 @@ class Manifest(_Frozen):
             for tensor in tensors:
                 if tensor is not None and (tensor.dtype, tensor.axes) != (state.dtype, state.axes):
                     raise ValueError(f"state {state.name} and tensor {tensor.name} differ in dtype or axes")
+
+    @property
+    def source(self) -> Literal["text", "image"] | None:
+        """What the bundle writes about, if it generates about anything."""
+        encode = self.graph(GraphKind.ENCODE)
+        if encode is None or self.graph(GraphKind.STEP) is None:
+            return None
+        return "image" if encode.input(Role.IMAGE) else "text"
 
     def graph(self, kind: GraphKind) -> GraphSpec | None:
         """Return the graph of this kind, or None."""

@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Sequence
+from typing import get_args
 
 from service.app.start_error import StartError
 from service.bundle import BundleRefused, FoundBundle, RefusedBundle
 from service.encode_loop import EncodeLoop, EncodeOptions
 from service.engine_loop import EngineLoop, EngineOptions
-from service.metrics import ModelMetrics
+from service.metrics import ServerMetrics, Task
 from service.rpc.catalog import Entry, ServedModel, State
 from service.text import TextCodec
 
@@ -43,7 +44,7 @@ def load(
     provider: str,
     options: EngineOptions,
     encode_options: EncodeOptions,
-    metrics: ModelMetrics,
+    metrics: ServerMetrics,
 ) -> ServedModel:
     """Verify and load one bundle; blocks for seconds.
 
@@ -55,18 +56,35 @@ def load(
     manifest = bundle.manifest
     if manifest.target != provider:
         raise BundleRefused(f"it was made for {manifest.target}, this server runs on {provider}")
-    if manifest.vocabulary is None:
-        raise BundleRefused("it has no vocabulary: this build serves text only")
+    task = _served_task(bundle)
+    model_metrics = metrics.model(manifest.key, manifest.limits.max_model_len, task)
     loop: EngineLoop | EncodeLoop
-    if "generate" in manifest.tasks:
-        loop = EngineLoop.load(bundle, options, metrics)
-    elif "embed" in manifest.tasks:
-        loop = EncodeLoop.load(bundle, encode_options, metrics)
+    if task == "generate":
+        loop = EngineLoop.load(bundle, options, model_metrics)
     else:
-        raise BundleRefused(f"its tasks are {', '.join(manifest.tasks)}: this build serves generate and embed")
-    codec = TextCodec(bundle.directory, manifest.vocabulary)
-    seconds = time.perf_counter() - started
-    return ServedModel(found=bundle, loop=loop, codec=codec, metrics=metrics, load_seconds=seconds)
+        loop = EncodeLoop.load(bundle, encode_options, model_metrics)
+    text = None if manifest.vocabulary is None else TextCodec(bundle.directory, manifest.vocabulary)
+    source_text = None
+    if manifest.source == "text" and (vocabulary := manifest.source_vocabulary or manifest.vocabulary) is not None:
+        source_text = TextCodec(bundle.directory, vocabulary)
+    return ServedModel(
+        found=bundle,
+        loop=loop,
+        text=text,
+        source_text=source_text,
+        metrics=model_metrics,
+        load_seconds=time.perf_counter() - started,
+    )
+
+
+def _served_task(bundle: FoundBundle) -> Task:
+    """Return what a bundle is served for: its first task that this build knows."""
+    served: tuple[Task, ...] = get_args(Task)
+    tasks = bundle.manifest.tasks
+    for task in served:
+        if task in tasks:
+            return task
+    raise BundleRefused(f"its tasks are {', '.join(tasks) or 'none'}: this build serves {', '.join(served)}")
 
 
 def _name_and_version(bundle: FoundBundle | RefusedBundle) -> tuple[str, int]:

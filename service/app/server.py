@@ -27,7 +27,7 @@ from service.app.start_error import StartError
 from service.bundle import BundleRefused, FoundBundle, RefusedBundle, scan
 from service.encode_loop import EncodeOptions
 from service.engine_loop import EngineOptions
-from service.metrics import MetricsEndpoint, ServerMetrics, Task
+from service.metrics import MetricsEndpoint, ServerMetrics
 from service.rpc.catalog import ModelCatalog, State
 from service.rpc.health import HealthService
 from service.rpc.inference import InferenceService
@@ -166,10 +166,10 @@ class App:
 
     async def _load_one(self, bundle: FoundBundle, options: EngineOptions, encode_options: EncodeOptions) -> None:
         manifest = bundle.manifest
-        task: Task = "generate" if "generate" in manifest.tasks else "embed"
-        metrics = self.metrics.model(manifest.key, manifest.limits.max_model_len, task)
         try:
-            served = await asyncio.to_thread(load, bundle, self._settings.provider, options, encode_options, metrics)
+            served = await asyncio.to_thread(
+                load, bundle, self._settings.provider, options, encode_options, self.metrics
+            )
         except (BundleRefused, BundleError, ValueError) as error:
             self._refuse(bundle, str(error))
             return
@@ -179,7 +179,7 @@ class App:
             return
         served.loop.start()
         self.catalog.put(entry_of(bundle, State.READY, served=served))
-        metrics.loaded(
+        served.metrics.loaded(
             served.load_seconds,
             sha256=bundle.sha256,
             family=manifest.family,

@@ -1,22 +1,42 @@
-"""The encode graph: texts of token ids in, vectors of their tokens out. Not thread-safe.
+"""The encode graph: texts or images in, what the model made of each out. Not thread-safe.
 
-Axes: rows B, tokens S, width E.
+Axes: rows B, tokens S, places P whose logits are wanted, width or number of classes E.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attendant.bundle import GraphKind, Role
+from attendant.bundle import LOGIT_ROWS, ROWS, TOKENS, GraphKind, Role
 from service.bundle import BundleRefused, FoundBundle
 from service.engine.runtime import create_session
 
-Vectors = NDArray[np.float32]
+Array = NDArray[np.float32]
+
+_TEXT = {Role.TOKEN_IDS, Role.LENGTHS}
+_OPTIONAL = {Role.SEGMENT_IDS, Role.LOGITS_INDEX}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One text, or one image [channels, height, width], to be run.
+
+    `length` is in tokens, for an image in places that it becomes. `segment_ids`, one for each token, are 0 throughout
+    where None; `places` are the positions in the text whose logits are wanted, of a graph that asks.
+    """
+
+    length: int
+    token_ids: Sequence[int] = ()
+    segment_ids: Sequence[int] | None = None
+    places: Sequence[int] = ()
+    image: Array | None = None
 
 
 class EncodeGraph:
-    """Runs texts of one bundle together.
+    """Runs texts or images of one bundle together.
 
     Args:
         found: a bundle whose files were verified.
@@ -29,22 +49,66 @@ class EncodeGraph:
         graph = found.manifest.graph(GraphKind.ENCODE)
         if graph is None:
             raise BundleRefused("it has no encode graph")
-        roles = {tensor.role: tensor.name for tensor in (*graph.inputs, *graph.outputs)}
-        if set(roles) != {Role.TOKEN_IDS, Role.LENGTHS, Role.HIDDEN}:
-            raise BundleRefused(f"its encode graph has the tensors {sorted(roles)}, which this build does not serve")
-        self._roles = roles
+        self._inputs = {tensor.role: tensor.name for tensor in graph.inputs}
+        roles = [tensor.role for tensor in graph.outputs]
+        is_known = set(self._inputs) == {Role.IMAGE} or set(self._inputs) - _OPTIONAL == _TEXT
+        if not is_known or roles not in ([Role.HIDDEN], [Role.LOGITS]):
+            taken = sorted((*self._inputs, *roles))
+            raise BundleRefused(f"its encode graph has the tensors {taken}, which this build does not serve")
+        (self._output,) = graph.outputs
+        axes = self._output.axes[:-1]
+        if axes not in ((ROWS,), (ROWS, TOKENS), (LOGIT_ROWS,)) or (LOGIT_ROWS in axes) != self.wants_places:
+            raise BundleRefused(
+                f"{self._output.name} has the axes {self._output.axes}, which this build does not serve"
+            )
+        self._axes = axes
         self._session = create_session(found.directory, graph)
 
-    def run(self, texts: Sequence[Sequence[int]]) -> list[Vectors]:
-        """Encode texts and return the vectors [S, E] of each one's tokens; padding is not among them.
+    @property
+    def takes_images(self) -> bool:
+        """Whether items are images, and not texts."""
+        return Role.IMAGE in self._inputs
 
-        The bits of a text's vectors depend neither on the other texts nor on how far it was padded.
+    @property
+    def wants_places(self) -> bool:
+        """Whether items say at which places logits are wanted."""
+        return Role.LOGITS_INDEX in self._inputs
+
+    @property
+    def output_role(self) -> Role:
+        """What comes out: hidden vectors or logits."""
+        return self._output.role
+
+    def run(self, items: Sequence[Item]) -> list[Array]:
+        """Run items and return what came of each: [S, E] of its own tokens, [P, E] of its places, or [E].
+
+        The bits of an item's result depend neither on the other items nor on how far it was padded.
         """
-        assert texts and all(texts), "no texts, or one without tokens: ONNX Runtime would not survive it"
-        lengths = np.array([len(text) for text in texts], np.int32)
-        token_ids = np.zeros((len(texts), int(lengths.max())), np.int64)
-        for row, text in enumerate(texts):
-            token_ids[row, : len(text)] = text
-        feed = {self._roles[Role.TOKEN_IDS]: token_ids, self._roles[Role.LENGTHS]: lengths}
-        (hidden,) = self._session.run([self._roles[Role.HIDDEN]], feed)
-        return [hidden[row, :length] for row, length in enumerate(lengths)]
+        assert items, "no items: ONNX Runtime would not survive it"
+        feed = {self._inputs[role]: array for role, array in self._feed(items).items()}
+        (output,) = self._session.run([self._output.name], feed)
+        if self._axes == (ROWS,):
+            return list(output)
+        if self._axes == (ROWS, TOKENS):
+            return [output[row, : item.length] for row, item in enumerate(items)]
+        return np.split(output, np.cumsum([len(item.places) for item in items])[:-1])
+
+    def _feed(self, items: Sequence[Item]) -> dict[Role, NDArray[Any]]:
+        if self.takes_images:
+            return {Role.IMAGE: np.stack([item.image for item in items if item.image is not None])}
+        assert all(item.token_ids for item in items), "a text without tokens: ONNX Runtime would not survive it"
+        lengths = np.array([item.length for item in items], np.int32)
+        shape = (len(items), int(lengths.max()))
+        token_ids, segment_ids = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        for row, item in enumerate(items):
+            token_ids[row, : item.length] = item.token_ids
+            if item.segment_ids is not None:
+                segment_ids[row, : item.length] = item.segment_ids
+        feed: dict[Role, NDArray[Any]] = {Role.TOKEN_IDS: token_ids, Role.LENGTHS: lengths}
+        if Role.SEGMENT_IDS in self._inputs:
+            feed[Role.SEGMENT_IDS] = segment_ids
+        if self.wants_places:
+            assert all(item.places for item in items), "a text of which nothing is wanted"
+            index = [row * shape[1] + place for row, item in enumerate(items) for place in item.places]
+            feed[Role.LOGITS_INDEX] = np.array(index, np.int64)
+        return feed

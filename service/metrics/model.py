@@ -14,16 +14,20 @@ from service.metrics.buckets import SeqBuckets
 if TYPE_CHECKING:
     from service.metrics.catalogue import ServerMetrics
 
-Task = Literal["generate", "embed"]
+Task = Literal["generate", "embed", "classify", "tag", "fill_mask", "score"]
 Phase = Literal["encode", "prefill", "decode"]
 End = Literal["stop", "eos", "length", "complete", "cancelled", "deadline", "error"]
 
-PHASES: dict[Task, tuple[Phase, ...]] = {"generate": ("encode", "prefill", "decode"), "embed": ("encode",)}
+_ENCODER_TASKS: tuple[Task, ...] = ("embed", "classify", "tag", "fill_mask", "score")
+PHASES: dict[Task, tuple[Phase, ...]] = {
+    "generate": ("encode", "prefill", "decode"),
+    **dict.fromkeys(_ENCODER_TASKS, ("encode",)),
+}
 """What a graph is run for, by task."""
 _FAILURES: tuple[End, ...] = ("cancelled", "deadline", "error")
 ENDS: dict[Task, tuple[End, ...]] = {
     "generate": ("stop", "eos", "length", *_FAILURES),
-    "embed": ("complete", *_FAILURES),
+    **dict.fromkeys(_ENCODER_TASKS, ("complete", *_FAILURES)),
 }
 """How a request ends, by task."""
 CODES = (
@@ -142,8 +146,8 @@ class ModelMetrics:
         self._prompt_lengths.observe(prompt_tokens)
         self._output_lengths.observe(output_tokens)
 
-    def embedded(self, num_tokens: int, seconds: float) -> None:
-        """A text got its vector, so long after its call arrived."""
+    def encoded(self, num_tokens: int, seconds: float) -> None:
+        """A text or an image got its answer, so long after its call arrived."""
         self._request_duration[self._seq_buckets.index(num_tokens)].observe(seconds)
         self._prompt_lengths.observe(num_tokens)
         self._prompt_tokens.inc(num_tokens)

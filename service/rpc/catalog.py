@@ -8,10 +8,18 @@ from service.bundle import FoundBundle
 from service.encode_loop import EncodeLoop
 from service.engine_loop import EngineLoop
 from service.errors import InvalidField, ModelNotFound, ModelUnavailable, Unsupported
-from service.metrics import ModelMetrics
+from service.metrics import ModelMetrics, Task
 from service.text import TextCodec
 
 _MAX_SHOWN = 8
+_WORDS: dict[Task, str] = {
+    "generate": "generate text",
+    "embed": "embed texts",
+    "classify": "classify",
+    "tag": "tag tokens",
+    "fill_mask": "fill masks",
+    "score": "score texts",
+}
 
 
 class State(Enum):
@@ -24,11 +32,15 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """All that answering for one bundle takes."""
+    """All that answering for one bundle takes.
+
+    `text` is None if it has no vocabulary, `source_text` if it does not write about texts.
+    """
 
     found: FoundBundle
     loop: EngineLoop | EncodeLoop
-    codec: TextCodec
+    text: TextCodec | None
+    source_text: TextCodec | None = None
     metrics: ModelMetrics
     load_seconds: float
 
@@ -36,6 +48,17 @@ class ServedModel:
     def key(self) -> str:
         """Its full name, "name/version"."""
         return self.found.manifest.key
+
+    @property
+    def codec(self) -> TextCodec:
+        """What tokenises.
+
+        Raises:
+            Unsupported: the bundle takes no text.
+        """
+        if self.text is None:
+            raise Unsupported(f"model {self.key} takes no text; its tasks: {self._tasks}")
+        return self.text
 
     @property
     def engine(self) -> EngineLoop:
@@ -46,21 +69,24 @@ class ServedModel:
         """
         if isinstance(self.loop, EngineLoop):
             return self.loop
-        raise self._cannot("generate text")
+        raise self._cannot("generate")
 
-    @property
-    def encoder(self) -> EncodeLoop:
-        """What embeds.
+    def encoder(self, task: Task) -> EncodeLoop:
+        """Return what does a task of encoders.
 
         Raises:
             Unsupported: the bundle does not.
         """
-        if isinstance(self.loop, EncodeLoop):
+        if isinstance(self.loop, EncodeLoop) and task in self.found.manifest.tasks:
             return self.loop
-        raise self._cannot("embed texts")
+        raise self._cannot(task)
 
-    def _cannot(self, what: str) -> Unsupported:
-        return Unsupported(f"model {self.key} does not {what}; its tasks: {', '.join(self.found.manifest.tasks)}")
+    @property
+    def _tasks(self) -> str:
+        return ", ".join(self.found.manifest.tasks)
+
+    def _cannot(self, task: Task) -> Unsupported:
+        return Unsupported(f"model {self.key} does not {_WORDS[task]}; its tasks: {self._tasks}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""`InferenceService`: generating, tokenising, detokenising."""
+"""`InferenceService`: generating, tokenising, detokenising; `encoding` has what encoders answer."""
 
 import asyncio
 import itertools
@@ -7,15 +7,11 @@ from dataclasses import dataclass
 import grpc
 from google.protobuf.message import Message
 
-from attendant.v1 import embedding_pb2
 from attendant.v1 import generation_pb2 as pb
 from attendant.v1 import inference_service_pb2 as service_pb
-from service.encode_loop import EncodeLoop
-from service.engine.pooling import VectorOptions
 from service.engine_loop import EngineLoop, TokenStream
 from service.errors import AttendantError, InvalidField
 from service.metrics import ServerMetrics
-from service.rpc import embed
 from service.rpc.answer import Answer, wire_reason
 from service.rpc.catalog import ModelCatalog, ServedModel
 from service.rpc.convert import (
@@ -30,6 +26,7 @@ from service.rpc.convert import (
     read_options,
     to_request,
 )
+from service.rpc.encoding import EncodingMethods
 from service.rpc.registration import Context, ended_by
 from service.rpc.status import to_duration
 from service.rpc.workers import TextWorkers
@@ -48,7 +45,11 @@ class _Accepted:
     tokenise_seconds: float
 
 
-class InferenceService:
+# What metrics call a method, where that is not its name.
+_TASKS = {"TagTokens": "tag", "FillMask": "fill_mask"}
+
+
+class InferenceService(EncodingMethods):
     """Answers calls; knows what the catalog serves and nothing of how it came there.
 
     Args:
@@ -61,16 +62,13 @@ class InferenceService:
     def __init__(
         self, catalog: ModelCatalog, workers: TextWorkers, metrics: ServerMetrics, max_prompt_bytes: int
     ) -> None:
-        self._catalog = catalog
-        self._workers = workers
-        self._metrics = metrics
-        self._max_prompt_bytes = max_prompt_bytes
+        super().__init__(catalog, workers, metrics, max_prompt_bytes)
         self._numbers = itertools.count(1)
 
     def ended(self, method: str, request: Message | None, code: grpc.StatusCode) -> None:
         """Count a call."""
         label = None if request is None else self._catalog.label(request.model)  # type: ignore[attr-defined]  # all have it
-        self._metrics.answered(label, method.lower(), code.name)
+        self._metrics.answered(label, _TASKS.get(method, method.lower()), code.name)
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         """Write Started, Deltas, Finished."""
@@ -155,41 +153,6 @@ class InferenceService:
             )
             return
         raise AssertionError(f"the stream of request {request.request_id} ended without a finish")
-
-    async def Embed(self, request: embedding_pb2.EmbedRequest, context: Context) -> embedding_pb2.EmbedResponse:
-        """Return a vector for each text."""
-        try:
-            model, encoder, options, texts, arrival = await self._accept_texts(request)
-        except AttendantError as error:
-            self._metrics.turned_away(self._catalog.label(request.model), error.reason.lower())
-            raise
-        tokenise_seconds = encoder.clock() - arrival
-        try:
-            call = await encoder.encode([text.token_ids for text in texts], options, arrival)
-        except asyncio.CancelledError:
-            expired = ended_by(context) is grpc.StatusCode.DEADLINE_EXCEEDED
-            model.metrics.failed("deadline" if expired else "cancelled")
-            raise
-        except AttendantError:
-            model.metrics.failed("error")
-            raise
-        for text in texts:
-            model.metrics.embedded(len(text.token_ids), call.ended - arrival)
-        model.metrics.completed()
-        return embed.to_response(model.found.manifest, texts, call, tokenise_seconds)
-
-    async def _accept_texts(
-        self, request: embedding_pb2.EmbedRequest
-    ) -> tuple[ServedModel, EncodeLoop, VectorOptions, list[embed.EncodedText], float]:
-        """Check a request and tokenise its texts."""
-        arrival = EncodeLoop.clock()
-        model = self._catalog.resolve(request.model)
-        encoder = model.encoder
-        assert model.found.manifest.embedding is not None, "the schema demands it of an embedding bundle"
-        options = embed.read_options(request, model.found.manifest.embedding)
-        embed.check_inputs(request, self._max_prompt_bytes)
-        texts = await self._workers.run(lambda: embed.encode_inputs(request, model.codec, encoder.capacity))
-        return model, encoder, options, texts, arrival
 
     async def Tokenize(self, request: service_pb.TokenizeRequest, context: Context) -> service_pb.TokenizeResponse:
         """Return token ids exactly as Generate would make them."""

@@ -4,7 +4,8 @@ It knows no request and no stream; whoever calls it bounds the bytes that come i
 """
 
 from service.text.detokenizer import IncrementalDetokenizer
+from service.text.encoded import EncodedText
 from service.text.stopping import StopStrings
 from service.text.tokenizer import TextCodec
 
-__all__ = ["IncrementalDetokenizer", "StopStrings", "TextCodec"]
+__all__ = ["EncodedText", "IncrementalDetokenizer", "StopStrings", "TextCodec"]

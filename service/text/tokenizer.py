@@ -10,6 +10,7 @@ from attendant.bundle import BundleError, Vocabulary
 from service.errors import InvalidField, Unsupported
 from service.text.chat_template import ChatTemplate
 from service.text.detokenizer import Detokenizers, IncrementalDetokenizer
+from service.text.encoded import EncodedText, lengths_within
 
 _PRIVATE_USE = range(0xE000, 0xF900)
 
@@ -55,12 +56,28 @@ class TextCodec:
         ids = _encode(self._tokenizer, text, add_special_tokens=add_special_tokens)
         return (*self._leading, *ids) if add_special_tokens else tuple(ids)
 
-    def encode_truncated(self, text: str, max_tokens: int) -> tuple[int, ...]:
-        """Return the first ids of a text and all special tokens that belong around it, `max_tokens` together."""
-        encoding = self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
-        around = len(self._leading) + self._tokenizer.num_special_tokens_to_add(is_pair=False)
-        encoding.truncate(max(0, max_tokens - around))
-        return (*self._leading, *self._tokenizer.post_process(encoding).ids)[:max_tokens]
+    def encode_text(self, text: str, pair: str | None = None, *, max_tokens: int | None = None) -> EncodedText:
+        """Return a text, or a pair of texts, with all special tokens that belong around it.
+
+        Args:
+            text: the text, or the first of two.
+            pair: the second text.
+            max_tokens: cut the texts, the longer one first, so that no more tokens come of them; the special tokens
+                stay.
+        """
+        inputs = [text] if pair is None else [text, pair]
+        # As a batch, because only batches let other threads run meanwhile.
+        pieces = self._tokenizer.encode_batch(inputs, add_special_tokens=False)
+        lengths = [len(piece) for piece in pieces]
+        around = len(self._leading) + self._tokenizer.num_special_tokens_to_add(is_pair=pair is not None)
+        truncated = max_tokens is not None and sum(lengths) + around > max_tokens
+        if max_tokens is not None and truncated:
+            kept = lengths_within(lengths[0], sum(lengths[1:]), max(0, max_tokens - around))
+            for piece, length in zip(pieces, kept, strict=False):
+                piece.truncate(length)
+        encoding = self._tokenizer.post_process(pieces[0], pieces[1] if len(pieces) > 1 else None)
+        found = EncodedText.of_encoding(encoding, self._leading, truncated=truncated)
+        return found.cut(max_tokens) if max_tokens is not None and len(found.token_ids) > max_tokens else found
 
     def encode_messages(self, messages: Sequence[tuple[str, str]]) -> tuple[str, tuple[int, ...]]:
         """Return a conversation as the bundle's template renders it, and its ids.

@@ -3,9 +3,13 @@
 import grpc
 import warnings
 
+from attendant.v1 import classification_pb2 as attendant_dot_v1_dot_classification__pb2
 from attendant.v1 import embedding_pb2 as attendant_dot_v1_dot_embedding__pb2
+from attendant.v1 import fill_mask_pb2 as attendant_dot_v1_dot_fill__mask__pb2
 from attendant.v1 import generation_pb2 as attendant_dot_v1_dot_generation__pb2
 from attendant.v1 import inference_service_pb2 as attendant_dot_v1_dot_inference__service__pb2
+from attendant.v1 import scoring_pb2 as attendant_dot_v1_dot_scoring__pb2
+from attendant.v1 import tagging_pb2 as attendant_dot_v1_dot_tagging__pb2
 
 GRPC_GENERATED_VERSION = '1.81.1'
 GRPC_VERSION = grpc.__version__
@@ -50,6 +54,26 @@ class InferenceServiceStub:
                 request_serializer=attendant_dot_v1_dot_embedding__pb2.EmbedRequest.SerializeToString,
                 response_deserializer=attendant_dot_v1_dot_embedding__pb2.EmbedResponse.FromString,
                 _registered_method=True)
+        self.Classify = channel.unary_unary(
+                '/attendant.v1.InferenceService/Classify',
+                request_serializer=attendant_dot_v1_dot_classification__pb2.ClassifyRequest.SerializeToString,
+                response_deserializer=attendant_dot_v1_dot_classification__pb2.ClassifyResponse.FromString,
+                _registered_method=True)
+        self.TagTokens = channel.unary_unary(
+                '/attendant.v1.InferenceService/TagTokens',
+                request_serializer=attendant_dot_v1_dot_tagging__pb2.TagTokensRequest.SerializeToString,
+                response_deserializer=attendant_dot_v1_dot_tagging__pb2.TagTokensResponse.FromString,
+                _registered_method=True)
+        self.FillMask = channel.unary_unary(
+                '/attendant.v1.InferenceService/FillMask',
+                request_serializer=attendant_dot_v1_dot_fill__mask__pb2.FillMaskRequest.SerializeToString,
+                response_deserializer=attendant_dot_v1_dot_fill__mask__pb2.FillMaskResponse.FromString,
+                _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/attendant.v1.InferenceService/Score',
+                request_serializer=attendant_dot_v1_dot_scoring__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=attendant_dot_v1_dot_scoring__pb2.ScoreResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/attendant.v1.InferenceService/Tokenize',
                 request_serializer=attendant_dot_v1_dot_inference__service__pb2.TokenizeRequest.SerializeToString,
@@ -83,6 +107,34 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Classify(self, request, context):
+        """Says which classes texts, pairs of texts or images belong to.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TagTokens(self, request, context):
+        """Labels every token of texts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FillMask(self, request, context):
+        """Says what might stand at hidden places of texts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Score(self, request, context):
+        """Says how well texts fit, to put them in order.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Turns text or a conversation into token ids, exactly as Generate would.
         """
@@ -109,6 +161,26 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Embed,
                     request_deserializer=attendant_dot_v1_dot_embedding__pb2.EmbedRequest.FromString,
                     response_serializer=attendant_dot_v1_dot_embedding__pb2.EmbedResponse.SerializeToString,
+            ),
+            'Classify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Classify,
+                    request_deserializer=attendant_dot_v1_dot_classification__pb2.ClassifyRequest.FromString,
+                    response_serializer=attendant_dot_v1_dot_classification__pb2.ClassifyResponse.SerializeToString,
+            ),
+            'TagTokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.TagTokens,
+                    request_deserializer=attendant_dot_v1_dot_tagging__pb2.TagTokensRequest.FromString,
+                    response_serializer=attendant_dot_v1_dot_tagging__pb2.TagTokensResponse.SerializeToString,
+            ),
+            'FillMask': grpc.unary_unary_rpc_method_handler(
+                    servicer.FillMask,
+                    request_deserializer=attendant_dot_v1_dot_fill__mask__pb2.FillMaskRequest.FromString,
+                    response_serializer=attendant_dot_v1_dot_fill__mask__pb2.FillMaskResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=attendant_dot_v1_dot_scoring__pb2.ScoreRequest.FromString,
+                    response_serializer=attendant_dot_v1_dot_scoring__pb2.ScoreResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -179,6 +251,114 @@ class InferenceService:
             '/attendant.v1.InferenceService/Embed',
             attendant_dot_v1_dot_embedding__pb2.EmbedRequest.SerializeToString,
             attendant_dot_v1_dot_embedding__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Classify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/attendant.v1.InferenceService/Classify',
+            attendant_dot_v1_dot_classification__pb2.ClassifyRequest.SerializeToString,
+            attendant_dot_v1_dot_classification__pb2.ClassifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TagTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/attendant.v1.InferenceService/TagTokens',
+            attendant_dot_v1_dot_tagging__pb2.TagTokensRequest.SerializeToString,
+            attendant_dot_v1_dot_tagging__pb2.TagTokensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FillMask(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/attendant.v1.InferenceService/FillMask',
+            attendant_dot_v1_dot_fill__mask__pb2.FillMaskRequest.SerializeToString,
+            attendant_dot_v1_dot_fill__mask__pb2.FillMaskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/attendant.v1.InferenceService/Score',
+            attendant_dot_v1_dot_scoring__pb2.ScoreRequest.SerializeToString,
+            attendant_dot_v1_dot_scoring__pb2.ScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,
