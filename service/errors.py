@@ -61,10 +61,18 @@ class TextTooLong(AttendantError):
 
     reason = "CONTEXT_LENGTH_EXCEEDED"
 
-    def __init__(self, *, field: str, tokens: int, limit: int) -> None:
+    def __init__(
+        self,
+        *,
+        field: str,
+        tokens: int,
+        limit: int,
+        limit_name: str = "max_model_len",
+        advice: str = "shorten it, or set truncate",
+    ) -> None:
         super().__init__(
-            f"{field} has {tokens} tokens, more than max_model_len of {limit}; shorten it, or set truncate",
-            {"field": field, "tokens": str(tokens), "max_model_len": str(limit)},
+            f"{field} has {tokens} tokens, more than {limit_name} of {limit}; {advice}",
+            {"field": field, "tokens": str(tokens), limit_name: str(limit)},
         )
 
 

@@ -61,6 +61,17 @@ class ServedModel:
         return self.text
 
     @property
+    def source_codec(self) -> TextCodec:
+        """What tokenises the texts that the bundle writes about.
+
+        Raises:
+            Unsupported: it does not write about texts.
+        """
+        if self.source_text is None:
+            raise Unsupported(f"model {self.key} reads no source text; its tasks: {self._tasks}")
+        return self.source_text
+
+    @property
     def engine(self) -> EngineLoop:
         """What generates.
 

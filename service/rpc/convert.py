@@ -1,31 +1,39 @@
 """A `GenerateRequest` to what the scheduler takes: every limit of the protos is kept here, every default resolved.
 
-Reading has two halves, because tokenising lies between them: `read_options` and `read_input` look at the message alone
+Reading has two halves, because tokenising lies between them: `read_options` and `read_inputs` look at the message alone
 and are cheap; `to_request` knows how long the prompt is.
 """
 
 import re
 import secrets
 from dataclasses import dataclass
+from typing import Any
 
 from attendant.bundle import Manifest, Vocabulary
 from attendant.v1 import generation_pb2 as pb
 from service.errors import ContextLengthExceeded, InvalidField, Unsupported
 from service.rpc.sampling_fields import read_sampling
-from service.scheduling.request import Request, SamplingParams
+from service.scheduling.request import Beam, Request, SamplingParams, Source
 
 DEFAULT_MAX_TOKENS = 256
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARACTERS = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_TOP_LOGPROBS = 20
+MAX_BEAM_WIDTH = 32
+GREEDY = SamplingParams(temperature=0.0)
+
+_WITH_BEAM = ("max_tokens", "n")
 
 _REQUEST_ID = re.compile(r"[\x20-\x7e]{1,128}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What a request asks for, apart from its prompt; `max_tokens` is None if it is silent."""
+    """What a request asks for, apart from its prompt; `max_tokens` is None if it is silent.
+
+    A beam search goes by the `top_logprobs` of each step.
+    """
 
     request_id: str
     sampling: SamplingParams
@@ -38,6 +46,7 @@ class Options:
     top_logprobs: int
     echo: bool
     priority: int
+    beam: Beam | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +70,26 @@ class PromptTokens:
     token_ids: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class PromptImage:
+    """An encoded image."""
+
+    content: bytes
+
+
 Prompt = PromptText | Conversation | PromptTokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What an answer is about, for a model that reads a source, and what it begins with, if the caller says so.
+
+    `source_field` is where the source stood in the request.
+    """
+
+    source: PromptText | PromptTokens | PromptImage | None = None
+    source_field: str = ""
+    prompt: Prompt | None = None
 
 
 def vocabulary_of(manifest: Manifest) -> Vocabulary:
@@ -100,19 +128,92 @@ def read_options(message: pb.GenerateRequest, manifest: Manifest) -> Options:
         raise InvalidField("priority", message.priority, "must be in [-100, 100]")
     if message.request_id and not _REQUEST_ID.fullmatch(message.request_id):
         raise InvalidField("request_id", message.request_id, "must be 1 to 128 printable ASCII characters")
+    beam = read_beam(message) if message.HasField("beam") else None
+    if beam is None and sampling.HasField("n") and sampling.n != 1:
+        raise InvalidField("sampling.n", sampling.n, "must be 1, or at most the width of a beam search")
     return Options(
         request_id=message.request_id or secrets.token_hex(8),
-        sampling=read_sampling(sampling, manifest.sampling_defaults, vocabulary.size),
+        sampling=read_sampling(sampling, manifest.sampling_defaults, vocabulary.size) if beam is None else GREEDY,
         max_tokens=max_tokens,
         min_tokens=sampling.min_tokens,
         stop_strings=_read_stop_strings(stop),
         stop_token_ids=_read_stop_token_ids(stop, vocabulary.size),
         eos_token_ids=frozenset() if stop.ignore_eos else frozenset(vocabulary.eos_token_ids),
-        logprobs=output.logprobs,
-        top_logprobs=output.top_logprobs,
+        logprobs=output.logprobs or beam is not None,
+        top_logprobs=output.top_logprobs if beam is None else min(2 * beam.width, vocabulary.size),
         echo=output.echo,
         priority=message.priority,
+        beam=beam,
     )
+
+
+def check_width(options: Options, num_slots: int) -> None:
+    """Raise InvalidField if a beam search needs more sequences at once than `num_slots`."""
+    if options.beam is not None and options.beam.width > num_slots:
+        raise InvalidField("beam.width", options.beam.width, f"this server runs at most {num_slots} sequences at once")
+
+
+def read_beam(message: pb.GenerateRequest) -> Beam:
+    """Check a beam search; see `read_options`."""
+    width = message.beam.width
+    if not 1 <= width <= MAX_BEAM_WIDTH:
+        raise InvalidField("beam.width", width, f"must be in [1, {MAX_BEAM_WIDTH}]")
+    penalty = message.beam.length_penalty if message.beam.HasField("length_penalty") else 1.0
+    if not 0 <= penalty <= 10:  # NaN is in no range
+        raise InvalidField("beam.length_penalty", penalty, "must be in [0, 10]")
+    num_answers = message.sampling.n if message.sampling.HasField("n") else 1
+    if not 1 <= num_answers <= width:
+        raise InvalidField("sampling.n", num_answers, f"must be in [1, {width}], the width of the beam search")
+    given = [f"sampling.{field.name}" for field, _ in message.sampling.ListFields() if field.name not in _WITH_BEAM]
+    given += [f"output.{field.name}" for field, _ in message.output.ListFields()]
+    given += ["stop.strings"] if message.stop.strings else []
+    if given:
+        raise InvalidField(given[0], "set", "must be absent with beam: a search does not choose token by token")
+    return Beam(width=width, length_penalty=penalty, num_answers=num_answers)
+
+
+def read_inputs(message: pb.GenerateRequest, manifest: Manifest, **limits: Any) -> Inputs:
+    """Tell source and prompt apart, and check both before anything works on them.
+
+    Args:
+        message: the request.
+        manifest: says what the bundle writes about.
+        limits: those of `read_input`.
+
+    Raises:
+        InvalidField: something is missing, empty, too large, or not what the bundle reads.
+        Unsupported: the API declares it, this build does not do it.
+        ContextLengthExceeded: there are more token ids than fit.
+    """
+    kind, reads = message.WhichOneof("input"), manifest.source
+    if kind == "audio":
+        raise Unsupported("audio: this build takes text, token ids and images only", {"field": "audio"})
+    if message.HasField("encoder_text") and reads != "text":
+        raise InvalidField(
+            "encoder_text", message.encoder_text, f"model {manifest.key} reads {reads or 'a prompt'} only"
+        )
+    if (kind == "image") != (reads == "image"):
+        shown = f"{len(message.image)} bytes" if kind == "image" else kind
+        needs = {"image": "image", "text": "encoder_text, prompt or token_ids", None: "prompt, messages or token_ids"}
+        raise InvalidField("image" if kind == "image" else "input", shown, f"model {manifest.key} needs {needs[reads]}")
+    if kind == "image":
+        if not message.image:
+            raise InvalidField("image", "0 bytes", "must not be empty")
+        return Inputs(source=PromptImage(message.image), source_field="image")
+    if reads is None:
+        return Inputs(prompt=read_input(message, **limits))
+    if message.HasField("encoder_text"):
+        check_bytes("encoder_text", limits["max_bytes"], message.encoder_text)
+        if not message.encoder_text:
+            raise InvalidField("encoder_text", "", "must not be empty")
+        prompt = None if kind is None else read_input(message, **limits)
+        return Inputs(source=PromptText(message.encoder_text), source_field="encoder_text", prompt=prompt)
+    if kind == "messages":
+        raise InvalidField("input", kind, f"model {manifest.key} needs encoder_text, prompt or token_ids")
+    source_limits = {"capacity": (manifest.limits.max_source_len or 0) + 1, "capacity_name": "max_source_len"}
+    source = read_input(message, **(limits | source_limits))
+    assert not isinstance(source, Conversation), "refused above"
+    return Inputs(source=source, source_field="prompt" if kind == "prompt" else "token_ids", prompt=None)
 
 
 def read_input(message: pb.GenerateRequest, *, max_bytes: int, capacity: int, capacity_name: str) -> Prompt:
@@ -182,6 +283,7 @@ def to_request(
     capacity: int,
     arrival: float,
     deadline: float | None,
+    source: Source | None = None,
 ) -> Request:
     """Resolve what depends on the prompt's length.
 
@@ -192,6 +294,7 @@ def to_request(
         capacity: most tokens of prompt and answer together.
         arrival: when the request came, in seconds of the engine's clock.
         deadline: when its caller gives up, on the same clock.
+        source: what the answer is about, if the model reads a source.
 
     Raises:
         InvalidField: the prompt has no tokens, or min_tokens exceeds max_tokens.
@@ -207,6 +310,7 @@ def to_request(
     return Request(
         request_id=engine_id,
         prompt=prompt,
+        source=source,
         max_tokens=max_tokens,
         min_tokens=options.min_tokens,
         sampling=options.sampling,
@@ -214,6 +318,7 @@ def to_request(
         stop_token_ids=options.stop_token_ids,
         logprobs=options.logprobs,
         top_logprobs=options.top_logprobs,
+        beam=options.beam,
         priority=options.priority,
         arrival=arrival,
         deadline=deadline,
@@ -221,16 +326,8 @@ def to_request(
 
 
 def _refuse_unbuilt(message: pb.GenerateRequest) -> None:
-    if (kind := message.WhichOneof("input")) in ("image", "audio"):
-        raise Unsupported(f"{kind}: this build takes text and token ids only", {"field": kind})
-    for field in ("encoder_text", "latency_budget"):
-        if message.HasField(field):
-            raise Unsupported(f"{field}: not served by this build", {"field": field})
-    count = message.sampling.n if message.sampling.HasField("n") else 1
-    if count < 1:
-        raise InvalidField("sampling.n", count, "must be at least 1")
-    if count > 1:
-        raise Unsupported(f"sampling.n is {count}: this build gives one answer", {"field": "sampling.n"})
+    if message.HasField("latency_budget"):
+        raise Unsupported("latency_budget: not served by this build", {"field": "latency_budget"})
 
 
 def _read_stop_strings(stop: pb.StopConditions) -> tuple[str, ...]:

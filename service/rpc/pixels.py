@@ -35,9 +35,16 @@ def read_image(field: str, image: pb.Image, expected: ImageInput, *, resize: boo
     if kind is None:
         raise InvalidField(f"{field}.image", kind, "one of encoded, tensor is needed")
     if kind == "encoded":
-        values = _decode(f"{field}.encoded", image.encoded, expected, resize)
-    else:
-        values = _values(f"{field}.tensor", image.tensor, expected)
+        return read_file(f"{field}.encoded", image.encoded, expected, resize=resize)
+    return _normalised(_values(f"{field}.tensor", image.tensor, expected), expected)
+
+
+def read_file(field: str, content: bytes, expected: ImageInput, *, resize: bool = False) -> Array:
+    """Return the image in a PNG or JPEG file; see `read_image`."""
+    return _normalised(_decode(field, content, expected, resize), expected)
+
+
+def _normalised(values: Array, expected: ImageInput) -> Array:
     mean, std = (np.array(each, np.float32)[:, None, None] for each in (expected.mean, expected.std))
     return (values - mean) / std
 

@@ -1,15 +1,27 @@
 """Every limit of the protos is kept, every default resolved, nothing is ignored."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
-from attendant.bundle import Manifest, SamplingDefaults
+from attendant.bundle import DType, GraphKind, GraphSpec, Manifest, Role, SamplingDefaults, TensorSpec
 from attendant.v1 import generation_pb2 as pb
 from service.errors import AttendantError, ContextLengthExceeded, InvalidField, Unsupported
-from service.rpc.convert import Conversation, PromptText, PromptTokens, read_input, read_options, to_request
-from service.scheduling.request import Request, SamplingParams
+from service.rpc.convert import (
+    Conversation,
+    Inputs,
+    PromptImage,
+    PromptText,
+    PromptTokens,
+    check_width,
+    read_input,
+    read_inputs,
+    read_options,
+    to_request,
+)
+from service.scheduling.request import Beam, Request, SamplingParams
 
 NAN = float("nan")
 
@@ -176,22 +188,108 @@ def test_logit_bias_has_a_bounded_number_of_entries(manifest: Manifest) -> None:
     assert "1024" in error.limit
 
 
+def test_what_the_api_declares_but_nobody_built_is_refused(manifest: Manifest) -> None:
+    assert isinstance(options_error(manifest, latency_budget=Duration()), Unsupported)
+    with pytest.raises(Unsupported, match="audio"):
+        inputs_of(manifest, audio=b"x")
+
+
+def reading(manifest: Manifest, role: Role) -> Manifest:
+    """A bundle that writes about texts of at most 9 tokens, or about images; only its manifest."""
+    tensors = (
+        TensorSpec(name="source", role=role, dtype=DType.INT64, axes=("rows", "source")),
+        TensorSpec(name="memory", role=Role.STATE, dtype=DType.FLOAT32, axes=("rows", "source", 4)),
+    )
+    encode = GraphSpec(kind=GraphKind.ENCODE, file="encode.onnx", inputs=tensors[:1], outputs=tensors[1:])
+    limits = manifest.limits.model_copy(update={"max_source_len": 9})
+    return manifest.model_copy(update={"graphs": (*manifest.graphs, encode), "limits": limits})
+
+
+def inputs_of(manifest: Manifest, **fields: object) -> Inputs:
+    message = pb.GenerateRequest(model="m", **fields)
+    return read_inputs(message, manifest, max_bytes=100, capacity=16, capacity_name="max_model_len")
+
+
+def test_without_a_source_the_input_is_the_prompt(manifest: Manifest) -> None:
+    assert inputs_of(manifest, prompt="x") == Inputs(prompt=PromptText("x"))
+    for fields, field in (({"image": b"x"}, "image"), ({"prompt": "x", "encoder_text": ""}, "encoder_text")):
+        with pytest.raises(InvalidField, match="prompt") as refused:
+            inputs_of(manifest, **fields)
+        assert refused.value.field == field
+
+
+def test_the_source_is_the_encoder_text_or_else_the_input(manifest: Manifest) -> None:
+    reader = reading(manifest, Role.SOURCE_IDS)
+    ids = pb.TokenIds(ids=[3, 1])
+    assert inputs_of(reader, prompt="x") == Inputs(source=PromptText("x"), source_field="prompt")
+    assert inputs_of(reader, token_ids=ids) == Inputs(source=PromptTokens((3, 1)), source_field="token_ids")
+    alone = inputs_of(reader, encoder_text="x")
+    assert alone == Inputs(source=PromptText("x"), source_field="encoder_text")
+    assert inputs_of(reader, encoder_text="x", token_ids=ids) == replace(alone, prompt=PromptTokens((3, 1)))
+
+
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "said"),
     [
-        {"sampling": pb.SamplingParams(n=2)},
-        {"encoder_text": ""},
-        {"latency_budget": Duration()},
+        ({}, "input is None"),
+        ({"encoder_text": ""}, "encoder_text is ''"),
+        ({"encoder_text": "x" * 101}, "encoder_text is '101 bytes'"),
+        ({"encoder_text": "x", "prompt": ""}, "prompt is ''"),
+        ({"messages": pb.ChatMessages(messages=[pb.ChatMessage(role="user")])}, "needs encoder_text"),
+        ({"image": b"x"}, "image is '1 bytes'"),
+        ({"token_ids": pb.TokenIds(ids=[1] * 10)}, "max_source_len"),
     ],
 )
-def test_what_the_api_declares_but_nobody_built_is_refused(manifest: Manifest, fields: dict[str, object]) -> None:
-    assert isinstance(options_error(manifest, **fields), Unsupported)
+def test_a_source_that_cannot_be_read_is_refused_by_its_name(
+    manifest: Manifest, fields: dict[str, object], said: str
+) -> None:
+    with pytest.raises(AttendantError) as refused:
+        inputs_of(reading(manifest, Role.SOURCE_IDS), **fields)
+    assert said in refused.value.message
 
 
-@pytest.mark.parametrize("field", ["image", "audio"])
-def test_inputs_that_nobody_built_are_refused(manifest: Manifest, field: str) -> None:
-    with pytest.raises(Unsupported, match=field):
-        read_options(pb.GenerateRequest(model="m", **{field: b"x"}), manifest)
+def test_a_bundle_that_writes_about_images_needs_one(manifest: Manifest) -> None:
+    reader = reading(manifest, Role.IMAGE)
+    assert inputs_of(reader, image=b"x") == Inputs(source=PromptImage(b"x"), source_field="image")
+    for fields in ({"image": b""}, {"prompt": "x"}, {"image": b"x", "encoder_text": "x"}):
+        with pytest.raises(InvalidField, match="image"):
+            inputs_of(reader, **fields)
+
+
+def test_a_beam_search_goes_by_twice_as_many_tokens_as_it_is_wide(manifest: Manifest) -> None:
+    beam = pb.BeamSearch(width=4, length_penalty=0.0)
+    message = pb.GenerateRequest(model="m", prompt="x", beam=beam, sampling=pb.SamplingParams(n=3, max_tokens=5))
+    options = read_options(message, manifest)
+    assert options.beam == Beam(width=4, length_penalty=0.0, num_answers=3)
+    assert (options.logprobs, options.top_logprobs, options.max_tokens) == (True, 8, 5)
+    with pytest.raises(InvalidField, match="at most 3 sequences"):
+        check_width(options, 3)
+    check_width(options, 4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"beam": pb.BeamSearch()}, "beam.width"),
+        ({"beam": pb.BeamSearch(width=33)}, "beam.width"),
+        ({"beam": pb.BeamSearch(width=2, length_penalty=-0.1)}, "beam.length_penalty"),
+        ({"beam": pb.BeamSearch(width=2, length_penalty=NAN)}, "beam.length_penalty"),
+        ({"beam": pb.BeamSearch(width=2), "sampling": pb.SamplingParams(n=3)}, "sampling.n"),
+        ({"beam": pb.BeamSearch(width=2), "sampling": pb.SamplingParams(n=0)}, "sampling.n"),
+        ({"beam": pb.BeamSearch(width=2), "sampling": pb.SamplingParams(temperature=0.0)}, "sampling.temperature"),
+        ({"beam": pb.BeamSearch(width=2), "sampling": pb.SamplingParams(min_tokens=1)}, "sampling.min_tokens"),
+        ({"beam": pb.BeamSearch(width=2), "stop": pb.StopConditions(strings=["a"])}, "stop.strings"),
+        ({"beam": pb.BeamSearch(width=2), "output": pb.OutputOptions(logprobs=True)}, "output.logprobs"),
+        ({"sampling": pb.SamplingParams(n=2)}, "sampling.n"),
+        ({"sampling": pb.SamplingParams(n=0)}, "sampling.n"),
+    ],
+)
+def test_what_does_not_go_with_a_beam_search_is_refused(
+    manifest: Manifest, fields: dict[str, object], field: str
+) -> None:
+    error = options_error(manifest, **fields)
+    assert isinstance(error, InvalidField)
+    assert error.field == field
 
 
 def test_a_bundle_that_does_not_generate_is_refused(manifest: Manifest) -> None:
