@@ -37,6 +37,11 @@ from attendant.v1 import model_service_pb2 as model_pb
 class GenerateOptions(TypedDict, total=False):
     """How to generate; what is absent or None is left to the model. Meanings and limits: generation.proto."""
 
+    encoder_text: str | None
+    """The source text, where the prompt is what the answer begins with."""
+    beam_width: int | None
+    """Search for the most likely answers; `n` of them are returned."""
+    length_penalty: float | None
     max_tokens: int | None
     min_tokens: int | None
     temperature: float | None
@@ -74,7 +79,9 @@ _PLACES: Final[dict[str, tuple[str, str]]] = {
     "stop_token_ids": ("stop", "token_ids"),
     "ignore_eos": ("stop", "ignore_eos"),
     **{name: ("output", name) for name in ("logprobs", "top_logprobs", "echo")},
-    **{name: ("", name) for name in ("priority", "latency_budget", "request_id")},
+    **{name: ("", name) for name in ("encoder_text", "priority", "latency_budget", "request_id")},
+    "beam_width": ("beam", "width"),
+    "length_penalty": ("beam", "length_penalty"),
 }  # fmt: skip
 
 
@@ -83,6 +90,7 @@ def generate_request(
     prompt: str | None,
     messages: Iterable[Turn] | None,
     token_ids: Iterable[int] | None,
+    image: bytes | None,
     options: GenerateOptions,
 ) -> pb.GenerateRequest:
     """Return the request.
@@ -91,9 +99,12 @@ def generate_request(
         TypeError: an option has no such name, or a value is of the wrong type.
         ValueError: not exactly one input is given, or a value does not fit its field.
     """
-    if sum(value is not None for value in (prompt, messages, token_ids)) != 1:
-        raise ValueError("give exactly one of prompt, messages and token_ids")
+    given = sum(value is not None for value in (prompt, messages, token_ids, image))
+    if given > 1 or (given == 0 and options.get("encoder_text") is None):
+        raise ValueError("give exactly one of prompt, messages, token_ids and image, or encoder_text alone")
     request = pb.GenerateRequest(model=model)
+    if image is not None:
+        _set(request, "image", image)
     if prompt is not None:
         _set(request, "prompt", prompt)
     if messages is not None:
@@ -199,7 +210,7 @@ class Answer:
     def __init__(self) -> None:
         self.started: Started | None = None
         self.deltas: list[Delta] = []
-        self.finished: Finished | None = None
+        self.finishes: dict[int, Finished] = {}
 
     def add(self, response: pb.GenerateResponse) -> Event | None:
         """Take the next response and return its event; None for one that this client is too old to know."""
@@ -211,14 +222,19 @@ class Answer:
                 self.deltas.append(event)
                 return event
             case Finished() as event:
-                self.finished = event
+                self.finishes[event.index] = event
                 return event
         return None
 
     @property
+    def finished(self) -> Finished | None:
+        """How the first answer ended, once it has."""
+        return self.finishes.get(0)
+
+    @property
     def text(self) -> str:
-        """The text so far."""
-        return "".join(delta.text for delta in self.deltas)
+        """The text of the first answer so far."""
+        return "".join(delta.text for delta in self.deltas if delta.index == 0)
 
     def check_finished(self) -> None:
         """Raise ServerError if the stream is over and the answer is not."""
@@ -228,13 +244,18 @@ class Answer:
     def whole(self) -> Generation:
         """Return the answer, once it is finished."""
         self.check_finished()
-        assert self.started is not None and self.finished is not None
+        return self._generation(0, tuple(self._generation(index) for index in sorted(self.finishes) if index))
+
+    def _generation(self, index: int, others: tuple[Generation, ...] = ()) -> Generation:
+        assert self.started is not None
+        deltas = [delta for delta in self.deltas if delta.index == index]
         return Generation(
-            text=self.text,
-            token_ids=tuple(token_id for delta in self.deltas for token_id in delta.token_ids),
-            logprobs=tuple(logprob for delta in self.deltas for logprob in delta.logprobs),
+            text="".join(delta.text for delta in deltas),
+            token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
+            logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
             started=self.started,
-            finished=self.finished,
+            finished=self.finishes[index],
+            others=others,
         )
 
 
@@ -251,7 +272,10 @@ def _event(response: pb.GenerateResponse) -> Event | None:
         case "delta":
             delta = response.delta
             return Delta(
-                text=delta.text, token_ids=tuple(delta.token_ids), logprobs=tuple(map(_logprob, delta.logprobs))
+                text=delta.text,
+                token_ids=tuple(delta.token_ids),
+                logprobs=tuple(map(_logprob, delta.logprobs)),
+                index=delta.index,
             )
         case "finished":
             return _finished(response.finished)
@@ -268,6 +292,9 @@ def _finished(finished: pb.Finished) -> Finished:
         finish_reason=cast(FinishReason, _enum_name(pb.FinishReason.Name, finished.finish_reason, "FINISH_REASON_")),
         usage=_usage(finished.usage),
         timings=_timings(finished.timings),
+        index=finished.index,
+        score=finished.score if finished.HasField("score") else None,
+        log_likelihood=finished.log_likelihood if finished.HasField("log_likelihood") else None,
     )
 
 

@@ -22,6 +22,9 @@ _SAMPLING: Final[dict[str, tuple[type, str]]] = {
     "seed": (int, "makes the same answer come again"),
     "priority": (int, "more urgent if larger, -100 to 100"),
     "latency_budget": (float, "seconds within which the whole answer is wanted"),
+    "beam_width": (int, "search for the most likely answers, pursuing this many"),
+    "length_penalty": (float, "of a search: prefer longer answers the larger it is (default: 1)"),
+    "n": (int, "of a search: how many answers, one a line (default: 1)"),
     "top_logprobs": (int, "report this many alternatives for each token (with --logprobs and --json)"),
 }
 _SWITCHES: Final[dict[str, str]] = {
@@ -45,6 +48,10 @@ def parser(
 
     command = _command(commands, "generate", generate, "continue a prompt")
     command.add_argument("prompt", nargs="?", help="the prompt; read from standard input if absent or -")
+    command.add_argument("--image", metavar="FILE", help="a PNG or JPEG file to write about, instead of a prompt")
+    command.add_argument(
+        "--encoder-text", metavar="TEXT", help="what to write about, where the prompt is the beginning"
+    )
     _add_generation(command)
 
     command = _command(commands, "chat", chat, "talk with a model")
@@ -118,4 +125,6 @@ def _add_generation(command: argparse.ArgumentParser) -> None:
 def generate_options(args: argparse.Namespace) -> GenerateOptions:
     """Return the options of generation that were given."""
     given = {name: getattr(args, name) for name in ("stop", *_SAMPLING, *_SWITCHES)}
+    if getattr(args, "encoder_text", None) is not None:
+        given["encoder_text"] = args.encoder_text
     return cast(GenerateOptions, given)

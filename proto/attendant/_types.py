@@ -65,20 +65,24 @@ class Started:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """More of an answer. Texts concatenate to the whole; a text may be empty."""
+    """More of answer `index`. Texts concatenate to the whole; a text may be empty."""
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """The answer is complete."""
+    """Answer `index` is complete. A beam search gives its `score` and its `log_likelihood` in nats."""
 
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
+    index: int = 0
+    score: float | None = None
+    log_likelihood: float | None = None
 
 
 Event: TypeAlias = Started | Delta | Finished
@@ -86,13 +90,14 @@ Event: TypeAlias = Started | Delta | Finished
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """A whole answer."""
+    """A whole answer; with `others`, the next best of a beam search."""
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
     started: Started
     finished: Finished
+    others: tuple["Generation", ...] = ()
 
     @property
     def finish_reason(self) -> FinishReason:

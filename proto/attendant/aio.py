@@ -76,7 +76,7 @@ class AsyncGenerateStream:
         """Yield the remaining text, in pieces that are never empty."""
         async with aclosing(self.events()) as events:
             async for event in events:
-                if isinstance(event, Delta) and event.text:
+                if isinstance(event, Delta) and event.text and event.index == 0:
                     yield event.text
 
     async def result(self) -> Generation:
@@ -135,11 +135,17 @@ class AsyncClient:
         model: str,
         messages: Iterable[Turn] | None = None,
         token_ids: Iterable[int] | None = None,
+        image: bytes | None = None,
         timeout: float | None = None,
         **options: Unpack[GenerateOptions],
     ) -> AsyncGenerateStream:
-        """Continue a prompt, a conversation or token ids (exactly one of them), and return the stream."""
-        request = _messages.generate_request(model, prompt, messages, token_ids, options)
+        """Continue a prompt, a conversation or token ids, and return the stream.
+
+        For a model that writes about a source, prompt or token ids are that source, or `image` is, a PNG or JPEG file;
+        with `encoder_text` as the source, they are what the answer begins with. Exactly one is given, or
+        `encoder_text` alone. Of the answers of a beam search, the stream's text is the best one's.
+        """
+        request = _messages.generate_request(model, prompt, messages, token_ids, image, options)
         return AsyncGenerateStream(self._inference.Generate(request, timeout=timeout))
 
     def chat(

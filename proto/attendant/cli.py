@@ -13,6 +13,7 @@ import urllib.request
 from contextlib import suppress
 from dataclasses import asdict
 from importlib import import_module
+from pathlib import Path
 from time import perf_counter
 
 from attendant import _options
@@ -52,12 +53,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def generate(args: argparse.Namespace) -> int:
-    """Continue a prompt."""
-    prompt = _text(args.prompt, "a prompt")
+    """Continue a prompt, or write about a text or an image."""
+    is_alone = args.prompt is None and (args.image is not None or args.encoder_text is not None)
+    prompt = None if is_alone else _text(args.prompt, "a prompt")
+    image = None if args.image is None else _file(args.image)
     with Client(args.server) as client:
         model = _model(client, args, task="generate")
         options = _options.generate_options(args)
-        _print_answer(client.generate(prompt, model=model, timeout=args.timeout, **options), args)
+        _print_answer(client.generate(prompt, image=image, model=model, timeout=args.timeout, **options), args)
     return 0
 
 
@@ -179,6 +182,8 @@ def _print_answer(stream: GenerateStream, args: argparse.Namespace) -> None:
             if args.json:
                 print(json.dumps({"event": type(event).__name__.lower(), **asdict(event)}), flush=True)
             elif isinstance(event, Delta):
+                if event.index > 0:
+                    sys.stdout.write("\n")
                 sys.stdout.write(event.text if shows_escapes else visible(event.text))
                 sys.stdout.flush()
             if isinstance(event, Delta) and first is None:
@@ -212,6 +217,13 @@ def _text(given: str | None, what: str) -> str:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"standard input is not UTF-8: {error}") from None
+
+
+def _file(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
 
 
 def _model(client: Client, args: argparse.Namespace, *, task: str | None = None) -> str:

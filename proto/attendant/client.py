@@ -95,7 +95,7 @@ class GenerateStream:
         events = self.events()
         try:
             for event in events:
-                if isinstance(event, Delta) and event.text:
+                if isinstance(event, Delta) and event.text and event.index == 0:
                     yield event.text
         finally:
             events.close()
@@ -155,11 +155,17 @@ class Client:
         model: str,
         messages: Iterable[Turn] | None = None,
         token_ids: Iterable[int] | None = None,
+        image: bytes | None = None,
         timeout: float | None = None,
         **options: Unpack[GenerateOptions],
     ) -> GenerateStream:
-        """Continue a prompt, a conversation or token ids (exactly one of them), and return the stream."""
-        request = _messages.generate_request(model, prompt, messages, token_ids, options)
+        """Continue a prompt, a conversation or token ids, and return the stream.
+
+        For a model that writes about a source, prompt or token ids are that source, or `image` is, a PNG or JPEG file;
+        with `encoder_text` as the source, they are what the answer begins with. Exactly one is given, or
+        `encoder_text` alone. Of the answers of a beam search, the stream's text is the best one's.
+        """
+        request = _messages.generate_request(model, prompt, messages, token_ids, image, options)
         return GenerateStream(self._inference.Generate(request, timeout=timeout))
 
     def chat(

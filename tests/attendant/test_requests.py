@@ -29,11 +29,14 @@ OPTIONS: GenerateOptions = {
     "priority": 0,
     "latency_budget": 1.5,
     "request_id": "mine",
+    "encoder_text": "",
+    "beam_width": 4,
+    "length_penalty": 0.0,
 }
 
 
-def build(prompt=None, messages=None, token_ids=None, **options):
-    return _messages.generate_request("tiny", prompt, messages, token_ids, options)
+def build(prompt=None, messages=None, token_ids=None, image=None, **options):
+    return _messages.generate_request("tiny", prompt, messages, token_ids, image, options)
 
 
 def test_every_option_has_a_field_and_every_field_an_option():
@@ -45,6 +48,7 @@ def test_every_option_has_a_field_and_every_field_an_option():
             ("sampling", pb.SamplingParams),
             ("stop", pb.StopConditions),
             ("output", pb.OutputOptions),
+            ("beam", pb.BeamSearch),
         )
         for field in message.DESCRIPTOR.fields
     }
@@ -63,23 +67,25 @@ def test_every_option_arrives_zeros_included():
             assert type(OPTIONS[name])(value) == OPTIONS[name]
         else:
             assert value == pytest.approx(OPTIONS[name])
-            assert name == "request_id" or message.HasField(field)
+            assert name in ("request_id", "beam_width") or message.HasField(field)
 
 
 def test_what_is_not_said_is_not_sent():
     bare = pb.GenerateRequest(model="tiny", prompt="hi")
     assert build("hi") == build("hi", **dict.fromkeys(OPTIONS)) == bare
+    assert build(encoder_text="hi") == pb.GenerateRequest(model="tiny", encoder_text="hi")
 
 
 def test_one_stop_string_is_not_taken_for_its_letters():
     assert list(build("hi", stop="User:").stop.strings) == ["User:"]
 
 
-def test_the_three_inputs_are_told_apart_even_when_empty():
+def test_the_inputs_are_told_apart_even_when_empty():
     assert build("").WhichOneof("input") == "prompt"
     assert build(messages=[]).WhichOneof("input") == "messages"
     assert build(token_ids=[]).WhichOneof("input") == "token_ids"
     assert list(build(token_ids=range(3)).token_ids.ids) == [0, 1, 2]
+    assert build(image=b"").WhichOneof("input") == "image"
 
 
 def test_turns_of_a_conversation_may_be_spelt_three_ways():
@@ -92,9 +98,10 @@ def test_turns_of_a_conversation_may_be_spelt_three_ways():
 @pytest.mark.parametrize(
     ("arguments", "error", "said"),
     [
-        ({}, ValueError, "exactly one of prompt, messages and token_ids"),
+        ({}, ValueError, "exactly one of prompt, messages, token_ids and image"),
+        ({"prompt": "a", "image": b"a"}, ValueError, "exactly one"),
         ({"prompt": "a", "token_ids": [1]}, ValueError, "exactly one"),
-        ({"prompt": "a", "max_token": 1}, TypeError, "unknown option 'max_token'; known: max_tokens"),
+        ({"prompt": "a", "max_token": 1}, TypeError, "unknown option 'max_token'; known: .*max_tokens"),
         ({"prompt": "a", "max_tokens": 2**31}, ValueError, "max_tokens: .*2147483648"),
         ({"prompt": "a", "seed": -1}, ValueError, "seed: .*-1"),
         ({"prompt": "a", "temperature": "hot"}, TypeError, "temperature: must be real number"),
