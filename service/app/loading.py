@@ -7,6 +7,7 @@ from typing import get_args
 from service.app.start_error import StartError
 from service.bundle import BundleRefused, FoundBundle, RefusedBundle
 from service.encode_loop import EncodeLoop, EncodeOptions
+from service.engine.explain_graph import ExplainGraph
 from service.engine_loop import EngineLoop, EngineOptions
 from service.metrics import ServerMetrics, Task
 from service.rpc.catalog import Entry, ServedModel, State
@@ -72,6 +73,7 @@ def load(
         loop=loop,
         text=text,
         source_text=source_text,
+        explain_graph=None if manifest.explain is None else ExplainGraph(bundle),
         metrics=model_metrics,
         load_seconds=time.perf_counter() - started,
     )

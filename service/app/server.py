@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 _WATCH_SECONDS = 1.0
 _LOOP_STUCK_SECONDS = 30.0
 _LAST_WORDS_SECONDS = 2.0
+_WAITING_EXPLANATIONS = 16
 
 
 class App:
@@ -61,6 +62,7 @@ class App:
         self.metrics.build_info.labels(version("attendant"), platform.python_version(), onnxruntime.__version__).set(1)
         self._health = HealthService()
         self._workers = TextWorkers(settings.text_threads, settings.max_waiting_requests)
+        self._explainers = TextWorkers(1, _WAITING_EXPLANATIONS, "explanations")
         self._server = build_server(settings)
         self._add_services()
         self._endpoint: MetricsEndpoint | None = None
@@ -124,7 +126,9 @@ class App:
 
     def _add_services(self) -> None:
         settings = self._settings
-        inference = InferenceService(self.catalog, self._workers, self.metrics, settings.max_prompt_bytes)
+        inference = InferenceService(
+            self.catalog, self._workers, self._explainers, self.metrics, settings.max_prompt_bytes
+        )
         services: list[tuple[Any, object, Any]] = [
             (inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"], inference, inference.ended),
             (model_service_pb2.DESCRIPTOR.services_by_name["ModelService"], ModelService(self.catalog), None),
@@ -243,6 +247,7 @@ class App:
         await stopping
         await self._cancel_tasks()
         self._workers.close()
+        self._explainers.close()
         if self._endpoint is not None:
             self._endpoint.close()
 

@@ -6,6 +6,7 @@ from enum import Enum
 
 from service.bundle import FoundBundle
 from service.encode_loop import EncodeLoop
+from service.engine.explain_graph import ExplainGraph
 from service.engine_loop import EngineLoop
 from service.errors import InvalidField, ModelNotFound, ModelUnavailable, Unsupported
 from service.metrics import ModelMetrics, Task
@@ -34,13 +35,15 @@ class State(Enum):
 class ServedModel:
     """All that answering for one bundle takes.
 
-    `text` is None if it has no vocabulary, `source_text` if it does not write about texts.
+    `text` is None if it has no vocabulary, `source_text` if it does not write about texts, `explain_graph` if there is
+    none.
     """
 
     found: FoundBundle
     loop: EngineLoop | EncodeLoop
     text: TextCodec | None
     source_text: TextCodec | None = None
+    explain_graph: ExplainGraph | None = None
     metrics: ModelMetrics
     load_seconds: float
 
@@ -70,6 +73,20 @@ class ServedModel:
         if self.source_text is None:
             raise Unsupported(f"model {self.key} reads no source text; its tasks: {self._tasks}")
         return self.source_text
+
+    @property
+    def explainer(self) -> ExplainGraph:
+        """What shows its attention.
+
+        Raises:
+            Unsupported: the bundle does not.
+        """
+        if self.explain_graph is None:
+            raise Unsupported(
+                f"model {self.key} has no explain graph; its tasks: {self._tasks}. A bundle exported with --explain has"
+                " one, if the model computes attention weights"
+            )
+        return self.explain_graph
 
     @property
     def engine(self) -> EngineLoop:

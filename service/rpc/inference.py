@@ -3,6 +3,7 @@
 import grpc
 from google.protobuf.message import Message
 
+from attendant.v1 import explain_pb2
 from attendant.v1 import generation_pb2 as pb
 from attendant.v1 import inference_service_pb2 as service_pb
 from service.errors import InvalidField
@@ -14,6 +15,7 @@ from service.rpc.convert import (
     read_conversation,
 )
 from service.rpc.encoding import EncodingMethods
+from service.rpc.explaining import Explaining
 from service.rpc.generate import Generating
 from service.rpc.registration import Context
 from service.rpc.workers import TextWorkers
@@ -29,14 +31,21 @@ class InferenceService(EncodingMethods):
     Args:
         catalog: the models.
         workers: threads for text.
+        explainers: threads for explain graphs.
         metrics: where calls that reach no model are counted too.
         max_prompt_bytes: of text in one prompt or conversation.
     """
 
     def __init__(
-        self, catalog: ModelCatalog, workers: TextWorkers, metrics: ServerMetrics, max_prompt_bytes: int
+        self,
+        catalog: ModelCatalog,
+        workers: TextWorkers,
+        explainers: TextWorkers,
+        metrics: ServerMetrics,
+        max_prompt_bytes: int,
     ) -> None:
         super().__init__(catalog, workers, metrics, max_prompt_bytes)
+        self._explaining = Explaining(catalog, workers, explainers, metrics, max_prompt_bytes)
         self._generating = Generating(catalog, workers, metrics, max_prompt_bytes)
 
     def ended(self, method: str, request: Message | None, code: grpc.StatusCode) -> None:
@@ -47,6 +56,10 @@ class InferenceService(EncodingMethods):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         """Write Started, Deltas, Finished."""
         await self._generating.answer(request, context)
+
+    async def Explain(self, request: explain_pb2.ExplainRequest, context: Context) -> None:
+        """Write the Explanation, then all HeadWeights."""
+        await self._explaining.answer(request, context)
 
     async def Tokenize(self, request: service_pb.TokenizeRequest, context: Context) -> service_pb.TokenizeResponse:
         """Return token ids exactly as Generate would make them."""

@@ -16,10 +16,12 @@ class TextWorkers:
     Args:
         threads: how many jobs run at once.
         max_waiting: how many more may wait before they are refused.
+        what: the jobs, in words.
     """
 
-    def __init__(self, threads: int, max_waiting: int) -> None:
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="text")
+    def __init__(self, threads: int, max_waiting: int, what: str = "texts") -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=what)
+        self._what = what
         self._limit = threads + max_waiting
         self._pending = 0
 
@@ -31,7 +33,7 @@ class TextWorkers:
         """
         if self._pending >= self._limit:
             raise QueueFull(
-                f"{self._pending} texts wait to be tokenised, the limit is {self._limit}",
+                f"{self._pending} {self._what} wait for a thread, the limit is {self._limit}",
                 0.1,
                 {"waiting": str(self._pending), "max_waiting": str(self._limit)},
             )

@@ -43,6 +43,7 @@ class Detokenizers:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         steps = _decoder_steps(tokenizer)
         kinds = [step["type"] for step in steps]
         self._bytes = _TokenBytes(tokenizer) if kinds == ["ByteLevel"] else None
@@ -55,6 +56,13 @@ class Detokenizers:
         if self._bytes is not None:
             return _ByteDetokenizer(self._bytes)
         return _PieceDetokenizer(self._pieces)
+
+    def label(self, token_id: int) -> str:
+        r"""Return a token by itself: its text, a byte that is no whole character as \xe2, or else as it is spelt."""
+        content = b"" if self._bytes is None else self._bytes[token_id]
+        if content:
+            return content.decode("utf-8", errors="backslashreplace")
+        return self._tokenizer.id_to_token(token_id) or f"<{token_id}>"
 
 
 class _TokenBytes(dict[int, bytes]):

@@ -117,6 +117,10 @@ class TextCodec:
         """Return a token as the vocabulary spells it; empty if the model has ids that the tokenizer lacks."""
         return self._tokenizer.id_to_token(token_id) or ""
 
+    def token_label(self, token_id: int) -> str:
+        r"""Return a token as people read it; a byte that is no whole character is written as \xe2."""
+        return self._detokenizers.label(token_id)
+
     def detokenizer(self) -> IncrementalDetokenizer:
         """Return the detokenizer of a new stream."""
         return self._detokenizers.open()

@@ -78,7 +78,7 @@ def test_every_request_that_runs_a_model_names_it_first():
         assert method.input_type.fields_by_number[1].name == "model", method.full_name
 
 
-def test_only_generation_streams_and_only_towards_the_caller():
+def test_only_generation_and_explanation_stream_and_only_towards_the_caller():
     streams = {
         method.name: (method.client_streaming, method.server_streaming)
         for file in FILES
@@ -86,4 +86,4 @@ def test_only_generation_streams_and_only_towards_the_caller():
         for method in service.methods
         if method.client_streaming or method.server_streaming
     }
-    assert streams == {"Generate": (False, True)}
+    assert streams == {"Generate": (False, True), "Explain": (False, True)}

@@ -24,27 +24,28 @@ _sym_db = _symbol_database.Default()
 
 from attendant.v1 import classification_pb2 as attendant_dot_v1_dot_classification__pb2
 from attendant.v1 import embedding_pb2 as attendant_dot_v1_dot_embedding__pb2
+from attendant.v1 import explain_pb2 as attendant_dot_v1_dot_explain__pb2
 from attendant.v1 import fill_mask_pb2 as attendant_dot_v1_dot_fill__mask__pb2
 from attendant.v1 import generation_pb2 as attendant_dot_v1_dot_generation__pb2
 from attendant.v1 import scoring_pb2 as attendant_dot_v1_dot_scoring__pb2
 from attendant.v1 import tagging_pb2 as attendant_dot_v1_dot_tagging__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$attendant/v1/inference_service.proto\x12\x0c\x61ttendant.v1\x1a!attendant/v1/classification.proto\x1a\x1c\x61ttendant/v1/embedding.proto\x1a\x1c\x61ttendant/v1/fill_mask.proto\x1a\x1d\x61ttendant/v1/generation.proto\x1a\x1a\x61ttendant/v1/scoring.proto\x1a\x1a\x61ttendant/v1/tagging.proto\"\xa1\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12.\n\x08messages\x18\x03 \x01(\x0b\x32\x1a.attendant.v1.ChatMessagesH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x07\n\x05inputB\x15\n\x13_add_special_tokens\"C\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x0e\n\x06tokens\x18\x02 \x03(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\"o\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\xe3\x04\n\x10InferenceService\x12K\n\x08Generate\x12\x1d.attendant.v1.GenerateRequest\x1a\x1e.attendant.v1.GenerateResponse0\x01\x12@\n\x05\x45mbed\x12\x1a.attendant.v1.EmbedRequest\x1a\x1b.attendant.v1.EmbedResponse\x12I\n\x08\x43lassify\x12\x1d.attendant.v1.ClassifyRequest\x1a\x1e.attendant.v1.ClassifyResponse\x12L\n\tTagTokens\x12\x1e.attendant.v1.TagTokensRequest\x1a\x1f.attendant.v1.TagTokensResponse\x12I\n\x08\x46illMask\x12\x1d.attendant.v1.FillMaskRequest\x1a\x1e.attendant.v1.FillMaskResponse\x12@\n\x05Score\x12\x1a.attendant.v1.ScoreRequest\x1a\x1b.attendant.v1.ScoreResponse\x12I\n\x08Tokenize\x12\x1d.attendant.v1.TokenizeRequest\x1a\x1e.attendant.v1.TokenizeResponse\x12O\n\nDetokenize\x12\x1f.attendant.v1.DetokenizeRequest\x1a .attendant.v1.DetokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$attendant/v1/inference_service.proto\x12\x0c\x61ttendant.v1\x1a!attendant/v1/classification.proto\x1a\x1c\x61ttendant/v1/embedding.proto\x1a\x1a\x61ttendant/v1/explain.proto\x1a\x1c\x61ttendant/v1/fill_mask.proto\x1a\x1d\x61ttendant/v1/generation.proto\x1a\x1a\x61ttendant/v1/scoring.proto\x1a\x1a\x61ttendant/v1/tagging.proto\"\xa1\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12.\n\x08messages\x18\x03 \x01(\x0b\x32\x1a.attendant.v1.ChatMessagesH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x07\n\x05inputB\x15\n\x13_add_special_tokens\"C\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x0e\n\x06tokens\x18\x02 \x03(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\"o\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\xad\x05\n\x10InferenceService\x12K\n\x08Generate\x12\x1d.attendant.v1.GenerateRequest\x1a\x1e.attendant.v1.GenerateResponse0\x01\x12@\n\x05\x45mbed\x12\x1a.attendant.v1.EmbedRequest\x1a\x1b.attendant.v1.EmbedResponse\x12I\n\x08\x43lassify\x12\x1d.attendant.v1.ClassifyRequest\x1a\x1e.attendant.v1.ClassifyResponse\x12L\n\tTagTokens\x12\x1e.attendant.v1.TagTokensRequest\x1a\x1f.attendant.v1.TagTokensResponse\x12I\n\x08\x46illMask\x12\x1d.attendant.v1.FillMaskRequest\x1a\x1e.attendant.v1.FillMaskResponse\x12@\n\x05Score\x12\x1a.attendant.v1.ScoreRequest\x1a\x1b.attendant.v1.ScoreResponse\x12H\n\x07\x45xplain\x12\x1c.attendant.v1.ExplainRequest\x1a\x1d.attendant.v1.ExplainResponse0\x01\x12I\n\x08Tokenize\x12\x1d.attendant.v1.TokenizeRequest\x1a\x1e.attendant.v1.TokenizeResponse\x12O\n\nDetokenize\x12\x1f.attendant.v1.DetokenizeRequest\x1a .attendant.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'attendant.v1.inference_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TOKENIZEREQUEST']._serialized_start=237
-  _globals['_TOKENIZEREQUEST']._serialized_end=398
-  _globals['_TOKENIZERESPONSE']._serialized_start=400
-  _globals['_TOKENIZERESPONSE']._serialized_end=467
-  _globals['_DETOKENIZEREQUEST']._serialized_start=469
-  _globals['_DETOKENIZEREQUEST']._serialized_end=580
-  _globals['_DETOKENIZERESPONSE']._serialized_start=582
-  _globals['_DETOKENIZERESPONSE']._serialized_end=616
-  _globals['_INFERENCESERVICE']._serialized_start=619
-  _globals['_INFERENCESERVICE']._serialized_end=1230
+  _globals['_TOKENIZEREQUEST']._serialized_start=265
+  _globals['_TOKENIZEREQUEST']._serialized_end=426
+  _globals['_TOKENIZERESPONSE']._serialized_start=428
+  _globals['_TOKENIZERESPONSE']._serialized_end=495
+  _globals['_DETOKENIZEREQUEST']._serialized_start=497
+  _globals['_DETOKENIZEREQUEST']._serialized_end=608
+  _globals['_DETOKENIZERESPONSE']._serialized_start=610
+  _globals['_DETOKENIZERESPONSE']._serialized_end=644
+  _globals['_INFERENCESERVICE']._serialized_start=647
+  _globals['_INFERENCESERVICE']._serialized_end=1332
 # @@protoc_insertion_point(module_scope)

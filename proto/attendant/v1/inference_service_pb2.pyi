@@ -1,5 +1,6 @@
 from attendant.v1 import classification_pb2 as _classification_pb2
 from attendant.v1 import embedding_pb2 as _embedding_pb2
+from attendant.v1 import explain_pb2 as _explain_pb2
 from attendant.v1 import fill_mask_pb2 as _fill_mask_pb2
 from attendant.v1 import generation_pb2 as _generation_pb2
 from attendant.v1 import scoring_pb2 as _scoring_pb2

@@ -5,6 +5,7 @@ import warnings
 
 from attendant.v1 import classification_pb2 as attendant_dot_v1_dot_classification__pb2
 from attendant.v1 import embedding_pb2 as attendant_dot_v1_dot_embedding__pb2
+from attendant.v1 import explain_pb2 as attendant_dot_v1_dot_explain__pb2
 from attendant.v1 import fill_mask_pb2 as attendant_dot_v1_dot_fill__mask__pb2
 from attendant.v1 import generation_pb2 as attendant_dot_v1_dot_generation__pb2
 from attendant.v1 import inference_service_pb2 as attendant_dot_v1_dot_inference__service__pb2
@@ -74,6 +75,11 @@ class InferenceServiceStub:
                 request_serializer=attendant_dot_v1_dot_scoring__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=attendant_dot_v1_dot_scoring__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_stream(
+                '/attendant.v1.InferenceService/Explain',
+                request_serializer=attendant_dot_v1_dot_explain__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=attendant_dot_v1_dot_explain__pb2.ExplainResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/attendant.v1.InferenceService/Tokenize',
                 request_serializer=attendant_dot_v1_dot_inference__service__pb2.TokenizeRequest.SerializeToString,
@@ -135,6 +141,13 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Shows where a model looks: attention weights of every layer and head, and their entropies.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Turns text or a conversation into token ids, exactly as Generate would.
         """
@@ -181,6 +194,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Score,
                     request_deserializer=attendant_dot_v1_dot_scoring__pb2.ScoreRequest.FromString,
                     response_serializer=attendant_dot_v1_dot_scoring__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_stream_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=attendant_dot_v1_dot_explain__pb2.ExplainRequest.FromString,
+                    response_serializer=attendant_dot_v1_dot_explain__pb2.ExplainResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -359,6 +377,33 @@ class InferenceService:
             '/attendant.v1.InferenceService/Score',
             attendant_dot_v1_dot_scoring__pb2.ScoreRequest.SerializeToString,
             attendant_dot_v1_dot_scoring__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/attendant.v1.InferenceService/Explain',
+            attendant_dot_v1_dot_explain__pb2.ExplainRequest.SerializeToString,
+            attendant_dot_v1_dot_explain__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,
