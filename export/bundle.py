@@ -14,17 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from attendant.bundle import MANIFEST_NAME, Manifest, ModelName, SamplingDefaults
+from attendant.bundle import MANIFEST_NAME, Manifest, ModelName, SamplingDefaults, Vocabulary
 from export import manifest as describe
 from export.decoder import export_decoder
 from export.encoder import export_encoder
 from export.errors import ExportRefused
 from export.explain_graph import add_explain_graph
+from export.generating import export_generating
 from export.parts import Parts, Report
+from export.source import TextSource, source_of, target_config
 from export.text import QUALITY, tokens_of
 from models.checkpoint import TrainedModel
 from models.decoder import Decoder
 from models.encoder import Encoder
+from models.model import Model
 
 __all__ = ["PRECISIONS", "ExportRefused", "Target", "export_bundle"]
 
@@ -89,7 +92,7 @@ def export_bundle(
     Raises:
         ExportRefused: the model cannot be exported, the target exists, or a check failed.
     """
-    limit, export = _architecture(model)
+    limit, export = _architecture(model.module)
     length = limit if max_model_len is None else max_model_len
     if precision not in PRECISIONS:
         raise ExportRefused(f"precision is {precision!r}: export knows {' and '.join(PRECISIONS)}")
@@ -104,7 +107,7 @@ def export_bundle(
         parts = export(scratch, model, precision, length, text, report)
         if explain is not False:
             parts = add_explain_graph(scratch, model.module, parts, explain, report)
-        (scratch / describe.TOKENIZER_FILE).write_text(model.tokenizer.json, "utf-8")
+        vocabulary, source_vocabulary = _write_tokenizers(model, scratch)
         manifest = Manifest(
             name=target.name,
             version=target.version,
@@ -113,7 +116,9 @@ def export_bundle(
             precision=precision,
             target="cpu",
             limits=parts.limits,
-            vocabulary=describe.vocabulary(model),
+            vocabulary=vocabulary,
+            source_vocabulary=source_vocabulary,
+            image=parts.image,
             sampling_defaults=sampling_defaults or SamplingDefaults(),
             embedding=parts.embedding,
             explain=parts.explain,
@@ -133,14 +138,31 @@ def export_bundle(
     return manifest
 
 
-def _architecture(model: TrainedModel) -> tuple[int, Export]:
+def _architecture(module: Model) -> tuple[int, Export]:
     """Return the longest sequence of a model, in tokens, and what exports it."""
-    module = model.module
-    if isinstance(module, Decoder):
+    if type(module) is Decoder:
         return module.config.max_model_len, export_decoder
     if isinstance(module, Encoder):
         return module.config.max_source_len, export_encoder
-    raise ExportRefused(f"the checkpoint holds a {type(module).__name__}: export knows decoders and encoders")
+    if module.state_specs():
+        return target_config(module).max_model_len, export_generating
+    raise ExportRefused(f"the checkpoint holds a {type(module).__name__}: export does not know what it does")
+
+
+def _write_tokenizers(model: TrainedModel, directory: Path) -> tuple[Vocabulary | None, Vocabulary | None]:
+    """Write the tokenizers of a model into `directory` and describe that of its tokens and that of its source."""
+    vocabulary = source_vocabulary = None
+    source = source_of(model.module)
+    if model.tokenizer is not None:
+        (directory / describe.TOKENIZER_FILE).write_text(model.tokenizer.json, "utf-8")
+        size = target_config(model.module).vocab_size
+        vocabulary = describe.vocabulary(model.tokenizer, size, describe.TOKENIZER_FILE)
+    if model.source_tokenizer is not None and isinstance(source, TextSource):
+        (directory / describe.SOURCE_TOKENIZER_FILE).write_text(model.source_tokenizer.json, "utf-8")
+        source_vocabulary = describe.vocabulary(
+            model.source_tokenizer, source.vocab_size, describe.SOURCE_TOKENIZER_FILE
+        )
+    return vocabulary, source_vocabulary
 
 
 def _move_into_place(scratch: Path, directory: Path) -> None:

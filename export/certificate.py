@@ -1,12 +1,13 @@
-"""The checks that let a bundle be written: the graph, as ONNX Runtime runs it, against the PyTorch decoder.
+"""The checks that let a bundle be written: the graph, as ONNX Runtime runs it, against the PyTorch model.
 
 Errors are max |a - b| / max |a| over all logits of a check. A row of the KV cache holds `capacity` tokens; what is
 longer is left out of a grid. An 8-bit graph is not held to a bound on logits, because one rounding flip early on moves
-them by several units: its arithmetic must be exact, and the text it is asked about nearly as likely as to the decoder.
+them by several units: its arithmetic must be exact, and the text it is asked about nearly as likely as to the model.
 """
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +19,14 @@ from export.integers import exactness_check
 from export.likelihood import compare_quality, text_log_likelihoods
 from export.parts import Report
 from export.runner import Runner
+from export.samples import NUM_ROWS, Sample, Samples, begin
 from export.text import QUALITY
-from models.decoder import Decoder
+from models.model import Model
 
 PARITY_BOUND = 1e-4
 GREEDY_MARGIN = 1e-3
 QUALITY_BOUND = 0.015
 QUALITY_TOKENS, QUALITY_WINDOW = 16_384, 512
-NUM_ROWS = 8
 _LENGTHS = (2, 3, 17, 64, 191)
 _PASTS = (1, 2, 16, 63, 128)
 _CHUNKS = (2, 5, 32)
@@ -39,35 +40,47 @@ Tokens = NDArray[np.int64]
 
 
 class Oracle:
-    """The decoder without a cache: logits of every position, from the whole text."""
+    """The model without a cache: logits of every position, from the whole text."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
+    def __init__(self, model: Model) -> None:
+        self._model = model
 
-    def all_logits(self, text: Tokens) -> NDArray[np.float32]:
-        """Return logits [N, V] of a text [N]."""
+    def all_logits(self, text: Tokens, source: NDArray[Any] | None = None) -> NDArray[np.float32]:
+        """Return logits [N, V] of a text [N], about a source if the model writes about one."""
+        given = [torch.from_numpy(each)[None] for each in (source, text) if each is not None]
         with torch.no_grad():
-            return self._decoder(torch.from_numpy(text)[None])[0].numpy()
+            logits: NDArray[np.float32] = self._model(*given)[0].numpy()
+        return logits
 
 
-def certify(precision: str, graph: Path, runner: Runner, decoder: Decoder, text: Tokens, report: Report) -> Certificate:
+def certify(
+    precision: str,
+    graph: Path,
+    runner: Runner,
+    model: Model,
+    samples: Samples,
+    report: Report,
+    text: Tokens | None = None,
+) -> Certificate:
     """Run every check of a precision.
 
     Args:
         precision: "fp32" or "int8".
-        graph: the file.
+        graph: the step graph's file.
         runner: of that file, with at least `NUM_ROWS` rows.
-        decoder: what was exported.
-        text: token ids of the quality text.
+        model: what was exported.
+        samples: what to run it on, one for each of `NUM_ROWS` rows.
         report: takes one line for every check.
+        text: token ids of the quality text, which an 8-bit graph is asked about.
 
     Raises:
         ExportRefused: checks failed; the message says which and by how much.
     """
-    oracle = Oracle(decoder)
-    checks = run_checks(_checks(precision, graph, runner, oracle, text), report)
+    oracle = Oracle(model)
+    checks = run_checks(_checks(precision, graph, runner, oracle, samples), report)
     if precision != "int8":
         return Certificate(checks=checks)
+    assert text is not None, "the quality of an 8-bit graph is measured on a text"
     quality = _quality(runner, oracle, text)
     line = (
         f"perplexity on {quality.num_tokens} tokens: {quality.perplexity:.3f} against"
@@ -98,12 +111,12 @@ def run_checks(checks: Iterable[Check], report: Report) -> tuple[Check, ...]:
     return tuple(made)
 
 
-def _checks(precision: str, graph: Path, runner: Runner, oracle: Oracle, text: Tokens) -> Iterator[Check]:
+def _checks(precision: str, graph: Path, runner: Runner, oracle: Oracle, samples: Samples) -> Iterator[Check]:
     if precision == "fp32":
-        yield from parity_checks(runner, oracle, text)
+        yield from parity_checks(runner, oracle, samples)
     else:
-        yield exactness_check(graph, text)
-    yield from invariance_checks(runner, text)
+        yield exactness_check(graph, samples[0].text)
+    yield from invariance_checks(runner, samples)
 
 
 def _quality(runner: Runner, oracle: Oracle, text: Tokens) -> Quality:
@@ -122,18 +135,20 @@ def relative_error(measured: NDArray[np.float32], expected: NDArray[np.float32])
     return float(error) if np.isfinite(error) else float("inf")
 
 
-def parity_checks(runner: Runner, oracle: Oracle, text: Tokens) -> Iterator[Check]:
-    """Compare a float graph with the oracle over lengths, pasts, batches and single steps.
+def parity_checks(runner: Runner, oracle: Oracle, samples: Samples) -> Iterator[Check]:
+    """Compare a float graph with the oracle over lengths, pasts, batches, single steps and sources.
 
     Args:
         runner: of the graph, with at least `NUM_ROWS` rows.
         oracle: of the same weights.
-        text: token ids, longer than the runner's capacity plus `NUM_ROWS`.
+        samples: `NUM_ROWS` of them, with texts longer than the runner's capacity.
     """
     capacity = runner.capacity
     lengths = [length for length in _LENGTHS if length <= capacity]
-    expected = oracle.all_logits(text[: min(capacity, max(_LENGTHS))])
-    measured = [runner.all_logits(text[:length]) for length in lengths]
+    num_tokens = min(capacity, max(_LENGTHS))
+    begin(runner, samples)
+    expected = oracle.all_logits(samples[0].text[:num_tokens], samples[0].source)
+    measured = [runner.all_logits(samples[0].text[:length]) for length in lengths]
     yield Check(
         name="one pass",
         measured=max(relative_error(logits, expected[: len(logits)]) for logits in measured),
@@ -149,49 +164,47 @@ def parity_checks(runner: Runner, oracle: Oracle, text: Tokens) -> Iterator[Chec
         bound=0,
         grid=f"{decided.sum()} positions where the best token leads by more than {GREEDY_MARGIN:g}",
     )
-    pairs = [(past, new) for past in _PASTS for new in _CHUNKS if past + new <= min(capacity, len(expected))]
-    yield Check(
-        name="chunk after a past",
-        measured=max((_chunk_error(runner, text, past, new, expected) for past, new in pairs), default=0.0),
-        bound=PARITY_BOUND,
-        grid=f"1 row, (past, new tokens) in {pairs}",
-    )
+    if samples[0].source is not None:
+        yield _sources_check(runner, oracle, samples)
+    pairs = [
+        (past, new)
+        for past in _PASTS
+        for new in _CHUNKS
+        if past + new <= num_tokens and new <= (runner.prefill_chunk or capacity)
+    ]
+    if pairs:
+        yield Check(
+            name="chunk after a past",
+            measured=max(_chunk_error(runner, samples[0].text, past, new, expected) for past, new in pairs),
+            bound=PARITY_BOUND,
+            grid=f"1 row, (past, new tokens) in {pairs}",
+        )
     steps = min(_STEPS, capacity)
-    one_by_one = [runner.step(text[None, at : at + 1], [at + 1])[0] for at in range(steps)]
+    one_by_one = [runner.step(samples[0].text[None, at : at + 1], [at + 1])[0] for at in range(steps)]
     yield Check(
         name="token by token",
         measured=relative_error(np.stack(one_by_one), expected[:steps]),
         bound=PARITY_BOUND,
         grid=f"1 row, {steps} steps from an empty cache",
     )
-    yield _ragged_check(runner, oracle, text)
+    yield _ragged_check(runner, oracle, samples)
 
 
-def invariance_checks(runner: Runner, text: Tokens) -> Iterator[Check]:
-    """Count the logits whose bits depend on the neighbours in a batch, or on how a prompt was cut into chunks."""
-    length = min(runner.capacity, _CHUNKED_LENGTH) // QUERY_TILE * QUERY_TILE
-    whole = runner.all_logits(text[:length])
-    cuts = [cut for cut in _CUTS if cut < length]
-    differing = 0
-    for cut in cuts:
-        end = 0
-        for size in chunk_sizes(length, cut):
-            start, end = end, end + size
-            logits = runner.step(text[None, start:end], [end], np.arange(size), first_row=1)
-            differing += int((logits != whole[start:end]).sum())
-    yield Check(
-        name="logits that depend on chunking",
-        measured=float(differing),
-        bound=0,
-        grid=f"{length} tokens in one pass and in chunks of at most {cuts}",
-    )
+def invariance_checks(runner: Runner, samples: Samples) -> Iterator[Check]:
+    """Count the values whose bits depend on the neighbours in a batch, or on how a prompt was cut into chunks."""
+    if samples[0].source is not None:
+        yield _encoded_check(runner, samples)
+    if runner.prefill_chunk is None:
+        yield _chunking_check(runner, samples[0])
+    begin(runner, samples)
     lengths = _ragged_lengths(runner.capacity)
     differing = 0
     for num_rows in _BATCHES[1:]:
         for row in range(num_rows):
-            runner.prefill(text[row : row + lengths[row]], row=row)
-        tokens, after = text[:num_rows, None], lengths[:num_rows] + 1
-        together = runner.step(tokens, after)
+            runner.prefill(samples[row].text[: lengths[row]], row=row)
+        tokens = np.array([[samples[row].text[lengths[row]]] for row in range(num_rows)])
+        after = lengths[:num_rows] + 1
+        together = runner.step(tokens, after, commit=False)
         for row in range(num_rows):
             alone = runner.step(tokens[row : row + 1], after[row : row + 1], first_row=row)[0]
             differing += int((alone != together[row]).sum())
@@ -200,6 +213,60 @@ def invariance_checks(runner: Runner, text: Tokens) -> Iterator[Check]:
         measured=float(differing),
         bound=0,
         grid=f"batches of {list(_BATCHES[1:])} rows of {lengths.min()} to {lengths.max()} tokens, each row also alone",
+    )
+
+
+def _chunking_check(runner: Runner, sample: Sample) -> Check:
+    if sample.source is not None:
+        for row in (0, 1):
+            runner.begin(sample.source, row=row)
+    length = min(runner.capacity, _CHUNKED_LENGTH) // QUERY_TILE * QUERY_TILE
+    whole = runner.all_logits(sample.text[:length])
+    cuts = [cut for cut in _CUTS if cut < length]
+    differing = 0
+    for cut in cuts:
+        end = 0
+        for size in chunk_sizes(length, cut):
+            start, end = end, end + size
+            logits = runner.step(sample.text[None, start:end], [end], np.arange(size), first_row=1)
+            differing += int((logits != whole[start:end]).sum())
+    return Check(
+        name="logits that depend on chunking",
+        measured=float(differing),
+        bound=0,
+        grid=f"{length} tokens in one pass and in chunks of at most {cuts}",
+    )
+
+
+def _encoded_check(runner: Runner, samples: Samples) -> Check:
+    """Encode sources together, padded to the longest, and each alone."""
+    sources = [sample.source for sample in samples]
+    differing = sum(
+        int((alone[name] != together[name]).sum())
+        for alone, together in zip(
+            (runner.encode([source])[0] for source in sources), runner.encode(sources), strict=True
+        )
+        for name in alone
+    )
+    return Check(
+        name="values made of a source that depend on neighbours and padding",
+        measured=float(differing),
+        bound=0,
+        grid=f"{len(sources)} sources of shapes {[source.shape for source in sources]}, together and each alone",
+    )
+
+
+def _sources_check(runner: Runner, oracle: Oracle, samples: Samples) -> Check:
+    """Compare texts about sources of many lengths, with junk behind the shorter ones."""
+    worst, length = 0.0, min(runner.capacity, max(_LENGTHS))
+    for row, sample in enumerate(samples):
+        expected = oracle.all_logits(sample.text[:length], sample.source)
+        worst = max(worst, relative_error(runner.all_logits(sample.text[:length], row=row), expected))
+    return Check(
+        name="sources",
+        measured=worst,
+        bound=PARITY_BOUND,
+        grid=f"{length} tokens about sources of shapes {[sample.source.shape for sample in samples]}",
     )
 
 
@@ -231,15 +298,18 @@ def _ragged_lengths(capacity: int) -> Tokens:
     return np.unique(np.linspace(1, longest, NUM_ROWS).astype(np.int64))[::-1].copy()
 
 
-def _ragged_check(runner: Runner, oracle: Oracle, text: Tokens) -> Check:
+def _ragged_check(runner: Runner, oracle: Oracle, samples: Samples) -> Check:
     """Decode rows of different lengths together and compare every row with the oracle."""
     lengths, steps, worst = _ragged_lengths(runner.capacity), 3, 0.0
-    expected = [oracle.all_logits(text[row : row + length + steps])[length:] for row, length in enumerate(lengths)]
+    expected = [
+        oracle.all_logits(sample.text[: length + steps], sample.source)[length:]
+        for sample, length in zip(samples, lengths, strict=True)
+    ]
     for num_rows in _BATCHES:
         for row, length in enumerate(lengths[:num_rows]):
-            runner.prefill(text[row : row + length], row=row)
+            runner.prefill(samples[row].text[:length], row=row)
         for step in range(steps):
-            tokens = [[text[row + length + step]] for row, length in enumerate(lengths[:num_rows])]
+            tokens = [[samples[row].text[length + step]] for row, length in enumerate(lengths[:num_rows])]
             logits = runner.step(tokens, lengths[:num_rows] + step + 1)
             worst = max(worst, *(relative_error(logits[row], expected[row][step]) for row in range(num_rows)))
     return Check(

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from attendant.bundle import Limits
 from export import manifest as describe
 from export.calibration import measure_sizes
-from export.certificate import NUM_ROWS, certify
+from export.certificate import certify
 from export.errors import ExportRefused, refuse_others
 from export.golden import record_golden
 from export.graph import StepGraph
@@ -17,6 +17,7 @@ from export.onnx_export import write_onnx
 from export.parts import Parts, Report
 from export.rewrite import prepare_for_rounding
 from export.runner import Runner
+from export.samples import NUM_ROWS, of_text
 from export.text import CALIBRATION, tokens_of
 from export.weights import decoder_weights
 from models.checkpoint import TrainedModel
@@ -53,14 +54,15 @@ def export_decoder(
     write_onnx(StepGraph(weights, kernels, max_model_len), path)
     runner = Runner(path, num_rows=NUM_ROWS, capacity=min(max_model_len, _CACHE_TOKENS))
     report("checking the graph against the decoder")
-    certificate = certify(precision, path, runner, model.module, text, report)
+    samples = of_text(text)
+    certificate = certify(precision, path, runner, model.module, samples, report, text)
     return Parts(
         family="decoder",
         tasks=("generate",),
         limits=Limits(max_model_len=max_model_len),
         graphs=(describe.step_graph(config),),
         states=describe.states(config),
-        golden=record_golden(runner, text, precision, directory),
+        golden=record_golden(runner, samples, precision, directory),
         certificate=certificate,
     )
 

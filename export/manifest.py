@@ -24,10 +24,10 @@ from attendant.bundle import (
     file_sha256,
 )
 from export.onnx_export import state_names
-from models.checkpoint import TrainedModel
+from models.checkpoint import TokenizerInfo, TrainedModel
 from models.decoder_config import DecoderConfig
 
-GRAPH_FILE, TOKENIZER_FILE = "step.onnx", "tokenizer.json"
+GRAPH_FILE, TOKENIZER_FILE, SOURCE_TOKENIZER_FILE = "step.onnx", "tokenizer.json", "source_tokenizer.json"
 _PACKAGES = ("attendant", "numpy", "onnx", "onnxruntime", "onnxscript", "torch")
 
 
@@ -66,12 +66,11 @@ def states(config: DecoderConfig) -> tuple[StateSpec, ...]:
     )
 
 
-def vocabulary(model: TrainedModel) -> Vocabulary:
-    """Describe the tokenizer."""
-    tokenizer = model.tokenizer
+def vocabulary(tokenizer: TokenizerInfo, size: int, file: str) -> Vocabulary:
+    """Describe a tokenizer whose ids are below `size`."""
     return Vocabulary(
-        file=TOKENIZER_FILE,
-        size=model.module.config.vocab_size,
+        file=file,
+        size=size,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_ids=tokenizer.eos_token_ids,
         pad_token_id=tokenizer.pad_token_id,

@@ -6,12 +6,12 @@ are right-padded.
 
 import math
 from dataclasses import replace
-from typing import overload
+from typing import get_args, overload
 
 import torch
 from torch import Tensor, nn
 
-from models.attention.linear import LinearAttention
+from models.attention.linear import CHUNK, Features, LinearAttention
 from models.attention.mean import MeanAttention, MeanCrossAttention
 from models.attention.multihead import CrossAttention, MultiHeadAttention
 from models.attention.positions import LearnedPositions, Rotary, SinusoidalPositions
@@ -115,6 +115,8 @@ class Decoder(Model):
             NORMS[config.norm](config.d_model, eps=config.norm_eps) if config.norm_first else nn.Identity()
         )
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.attention in get_args(Features):
+            self.step_tokens = CHUNK
         self.tie()
         initialise(self, config.num_layers)
         if config.scale_embeddings:  # drawn smaller by what they are multiplied with
@@ -252,9 +254,10 @@ class Decoder(Model):
                 )
             return Chunk.of(token_ids, lengths)
         chunk = Chunk.of(token_ids, lengths, state.lengths)
-        longest = int((chunk.start + chunk.lengths).amax()) if len(token_ids) else 0
-        if longest > state.capacity:
-            raise ValueError(f"a row would hold {longest} tokens; the state's capacity is {state.capacity}")
+        if not torch.compiler.is_exporting():  # a traced graph knows no values
+            longest = int((chunk.start + chunk.lengths).amax()) if len(token_ids) else 0
+            if longest > state.capacity:
+                raise ValueError(f"a row would hold {longest} tokens; the state's capacity is {state.capacity}")
         return chunk
 
     def _embed(self, token_ids: Tensor, chunk: Chunk) -> Tensor:

@@ -65,7 +65,7 @@ class SourceToSequence(Model):
 
     def begin(self, memory: Tensor, source_lengths: Tensor | None = None, capacity: int | None = None) -> State:
         """Return the state of empty targets of at most `capacity` tokens, one for each row of a memory (B, S, E)."""
-        return self.decoder.initial_state(len(memory), capacity, memory=memory, source_lengths=source_lengths)
+        return self.decoder.initial_state(memory.shape[0], capacity, memory=memory, source_lengths=source_lengths)
 
     def decode(self, token_ids: Tensor, state: State, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         """Return logits (B, T, V) after each of the new target tokens (B, T), and the next state."""

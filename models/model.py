@@ -20,6 +20,8 @@ class Model(nn.Module):
     """
 
     config_class: ClassVar[type]
+    step_tokens: int = 64
+    """Most new tokens of a step where a model is traced; longer texts are fed in pieces of so many."""
 
     def __init__(self, config: Any):
         super().__init__()

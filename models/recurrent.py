@@ -66,6 +66,7 @@ class Recurrent(Model):
     """
 
     config_class = RecurrentConfig
+    step_tokens = 1  # steps that are taken one after the other would be laid out in a graph, each anew
 
     def __init__(self, config: RecurrentConfig, *, dropout: float = 0.0):
         super().__init__(config)
@@ -87,7 +88,7 @@ class Recurrent(Model):
         return (
             *self.decoder.attention.state_specs(dtype),
             *(
-                StateSpec(name=name, rule=StateRule.REPLACE, dtype=dtype, shape=(width,))
+                StateSpec(name=name, rule=StateRule.REPLACE, dtype=dtype, shape=(width,), made=name == "hidden")
                 for name in self.decoder.state_names
             ),
         )
@@ -161,13 +162,14 @@ class Recurrent(Model):
     ) -> tuple[Tensor, State, Tensor | None]:
         """Step through the tokens; return logits (B, T, V), the next state, and weights (B, T, S) if asked for."""
         chunk = Chunk.of(token_ids, lengths, state.lengths)
-        longest = int((chunk.start + chunk.lengths).amax()) if len(token_ids) else 0
-        if longest > state.capacity:
-            raise ValueError(f"a row would hold {longest} tokens; the state's capacity is {state.capacity}")
+        if not torch.compiler.is_exporting():  # a traced graph knows no values
+            longest = int((chunk.start + chunk.lengths).amax()) if len(token_ids) else 0
+            if longest > state.capacity:
+                raise ValueError(f"a row would hold {longest} tokens; the state's capacity is {state.capacity}")
         embedded, memory_valid = self.dropout(self.token_embedding(token_ids)), state.source_valid
         past = {name: state.tensors[name] for name in self.decoder.state_names}
-        outputs = [embedded.new_empty(len(token_ids), 0, self.config.d_decoder)]
-        weights = [state.tensors["memory"].new_empty(len(token_ids), 0, state.tensors["memory"].shape[1])]
+        outputs = [embedded.new_empty(token_ids.shape[0], 0, self.config.d_decoder)]
+        weights = [state.tensors["memory"].new_empty(token_ids.shape[0], 0, state.tensors["memory"].shape[1])]
         for position in range(chunk.num_tokens):
             step = self.decoder(embedded[:, position], past, state.tensors, memory_valid, need_weights=need_weights)
             goes_on = chunk.valid[:, position, None]

@@ -36,7 +36,8 @@ class StateSpec:
     """A layer's declaration of one state: `shape` is that of one row.
 
     An append state has `CAPACITY` in its shape; a fixed one has `SOURCE` if it is as long as the source.
-    With a `window`, positions further behind than that are never read again.
+    With a `window`, positions further behind than that are never read again. A state that is `made` begins as what the
+    model makes of a source, which a fixed one always does; the others begin as zeros.
     """
 
     name: str
@@ -44,6 +45,7 @@ class StateSpec:
     dtype: torch.dtype
     shape: tuple[int | str, ...]
     window: int | None = None
+    made: bool = False
 
     def __post_init__(self) -> None:
         if (CAPACITY in self.shape) != (self.rule is StateRule.APPEND):
@@ -70,13 +72,15 @@ class Chunk:
     """The new tokens of a step: row b brings positions [start_b, start_b + lengths_b), right-padded.
 
     `start` and `lengths` are int64 of shape (B,), or (1,) where all rows are alike; T is `num_tokens`. `is_global`
-    (B, T) marks the tokens that a sparse pattern lets see, and be seen by, all others; None marks none.
+    (B, T) marks the tokens that a sparse pattern lets see, and be seen by, all others; None marks none. `is_whole`
+    says that there is no padding, as far as that is known without a look at `lengths`.
     """
 
     start: Tensor
     lengths: Tensor
     num_tokens: int
     is_global: Tensor | None = None
+    is_whole: bool = False
 
     @classmethod
     def of(
@@ -93,17 +97,19 @@ class Chunk:
             ValueError: lengths have another shape than (B,) or lie outside 0..T.
         """
         rows, num_tokens = token_ids.shape
+        is_whole = lengths is None
         if lengths is None:
             lengths = torch.full((1,), num_tokens, dtype=torch.int64, device=token_ids.device)
         elif lengths.shape != (rows,):
             raise ValueError(f"lengths has shape {tuple(lengths.shape)}; token_ids has {rows} rows")
-        elif rows and (lengths.min() < 0 or lengths.max() > num_tokens):
+        elif not torch.compiler.is_exporting() and rows and (lengths.min() < 0 or lengths.max() > num_tokens):
             raise ValueError(f"lengths {lengths.tolist()} must lie in 0..{num_tokens}, the tokens given")
         return cls(
             start=torch.zeros_like(lengths) if start is None else start,
             lengths=lengths.to(torch.int64),
             num_tokens=num_tokens,
             is_global=is_global,
+            is_whole=is_whole,
         )
 
     @property
@@ -123,6 +129,8 @@ class Chunk:
 
 def append(past: Tensor, new: Tensor, chunk: Chunk) -> Tensor:
     """Return `past` (B, K, C, D) with the valid tokens of `new` (B, K, T, D) at each row's next positions."""
+    if chunk.is_whole and torch.compiler.is_exporting():
+        return write_in_place(past, new, chunk.start)
     if chunk.num_tokens == 0:
         return past
     capacity = past.shape[2]
@@ -130,6 +138,22 @@ def append(past: Tensor, new: Tensor, chunk: Chunk) -> Tensor:
     written = (offset >= 0) & (offset < chunk.lengths[:, None])
     source = offset.clamp(0, chunk.num_tokens - 1)[:, None, :, None].expand(*new.shape[:2], capacity, new.shape[3])
     return torch.where(written[:, None, :, None], new.gather(2, source), past)
+
+
+@torch.library.custom_op("attendant::write_in_place", mutates_args=())
+def write_in_place(past: Tensor, new: Tensor, start: Tensor) -> Tensor:
+    """Return `past` (B, K, C, D) with `new` (B, K, T, D) at positions [start_b, start_b + T) of row b.
+
+    It is what `append` becomes in an exported graph, under a name that an exporter can turn into an operator which
+    writes into the memory of `past`.
+    """
+    positions = start[:, None] + torch.arange(new.shape[2], device=new.device)
+    return past.scatter(2, positions[:, None, :, None].expand_as(new), new)
+
+
+@write_in_place.register_fake
+def _(past: Tensor, new: Tensor, start: Tensor) -> Tensor:
+    return torch.empty_like(past)
 
 
 def ring_positions(consumed: Tensor, capacity: int) -> Tensor:

@@ -78,9 +78,14 @@ def linear_attend(
     value = F.pad(value.to(query.dtype), (0, 1), value=1.0)
     if sums is None:
         sums = query.new_zeros(rows, num_kv_heads, num_features, value.shape[-1])
-    if not causal or num_tokens == 1:
+    if not causal:
         sums = sums + key.mT @ value
         output = query.reshape(rows, num_kv_heads, -1, num_features) @ sums  # the G heads of a key/value head as one
+    elif num_tokens <= chunk:
+        queries = query.reshape(rows, num_kv_heads, -1, num_features)  # (B, K, G * T, F)
+        scores = (queries @ key.mT).unflatten(2, (num_heads // num_kv_heads, num_tokens)).tril().flatten(2, 3)
+        output = scores @ value + queries @ sums
+        sums = sums + key.mT @ value
     else:
         padding, cut = (0, 0, 0, -num_tokens % chunk), (-1, chunk)
         queries = F.pad(query, padding).unflatten(2, cut).unflatten(1, (num_kv_heads, -1))  # (B, K, G, N, L, F)
