@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from attendant.heatmap import entropy_table, render_html, render_terminal, takes_colours
+from attendant.heatmap import entropy_table, render_html, render_terminal, takes_colours, write_pngs
 from models import checkpoint, show
 from models.examples import Example
 from models.readers import gguf, huggingface
@@ -117,7 +117,7 @@ def _show(arguments: argparse.Namespace) -> None:
     if arguments.terminal:
         print(f"\n{render_terminal(sheet, colours=takes_colours(sys.stdout))}")
     if arguments.png is not None:
-        for path in show.write_pngs(sheet, arguments.png):
+        for path in write_pngs(sheet, arguments.png):
             print(path)
     if arguments.html is not None:
         arguments.html.write_text(render_html(sheet), encoding="utf-8")

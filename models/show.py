@@ -6,17 +6,15 @@ what.
 Shapes: B rows, always one; H heads, T queries, S keys.
 """
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from attendant.heatmap import AttentionMap, Layer, Sheet, render_png
+from attendant.heatmap import AttentionMap, Layer, Sheet
 from models.attention.functional import allow
 from models.captioner import Captioner
 from models.checkpoint import TrainedModel
@@ -70,17 +68,6 @@ def only(sheet: Sheet, indices: Sequence[int]) -> Sheet:
         if not 0 <= index < len(sheet.layers):
             raise ValueError(f"--layer is {index}; there are 0 to {len(sheet.layers) - 1}")
     return replace(sheet, layers=tuple(sheet.layers[index] for index in indices))
-
-
-def write_pngs(sheet: Sheet, directory: Path) -> list[Path]:
-    """Write one picture for each layer into a directory, which is made if need be, and return their paths."""
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for index, layer in enumerate(sheet.layers):
-        name = re.sub(r"\W+", "-", layer.title.lower()).strip("-")
-        paths.append(directory / f"{index:02d}-{name}.png")
-        paths[-1].write_bytes(render_png(layer))
-    return paths
 
 
 def _decoder(model: TrainedModel, example: Example) -> list[Layer]:

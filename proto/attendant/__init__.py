@@ -20,13 +20,17 @@ if TYPE_CHECKING:
         ServerError,
         Unavailable,
     )
+    from attendant._explaining import ExplainOptions
     from attendant._messages import GenerateOptions
     from attendant._types import (
+        AttentionHead,
+        AttentionLayer,
         Check,
         Delta,
         Embedding,
         Embeddings,
         Event,
+        Explanation,
         Finished,
         Generation,
         Message,
@@ -45,6 +49,8 @@ __all__ = [
     "AsyncClient",
     "AsyncGenerateStream",
     "AttendantError",
+    "AttentionHead",
+    "AttentionLayer",
     "Cancelled",
     "Check",
     "Client",
@@ -53,6 +59,8 @@ __all__ = [
     "Embedding",
     "Embeddings",
     "Event",
+    "ExplainOptions",
+    "Explanation",
     "FieldViolation",
     "Finished",
     "GenerateOptions",
@@ -73,7 +81,14 @@ __all__ = [
     "Usage",
 ]
 
-_MODULES = ("attendant._types", "attendant._errors", "attendant._messages", "attendant.client", "attendant.aio")
+_MODULES = (
+    "attendant._types",
+    "attendant._errors",
+    "attendant._messages",
+    "attendant._explaining",
+    "attendant.client",
+    "attendant.aio",
+)
 
 
 def __getattr__(name: str) -> object:

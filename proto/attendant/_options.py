@@ -35,7 +35,7 @@ _SWITCHES: Final[dict[str, str]] = {
 
 
 def parser(
-    *, generate: Run, chat: Run, embed: Run, models: Run, tokenize: Run, latency: Run
+    *, generate: Run, chat: Run, embed: Run, explain: Run, models: Run, tokenize: Run, latency: Run
 ) -> argparse.ArgumentParser:
     """Return the parser; each command's namespace carries the function that runs it as `run`."""
     root = argparse.ArgumentParser(
@@ -66,6 +66,8 @@ def parser(
     command.add_argument("--dimensions", type=int, metavar="N", help="keep so many leading components")
     command.add_argument("--truncate", action="store_true", help="cut texts that are too long, instead of failing")
 
+    _add_explain(_command(commands, "explain", explain, "show where a model looks"))
+
     command = _command(commands, "models", models, "list the models of the server")
     command.add_argument("--json", action="store_true", help="one JSON object a line")
 
@@ -84,6 +86,20 @@ def parser(
     )
     _add_model(command)
     return root
+
+
+def _add_explain(command: argparse.ArgumentParser) -> None:
+    command.add_argument("text", nargs="?", help="what the model reads; from standard input if absent or -")
+    _add_model(command)
+    command.add_argument("--image", metavar="FILE", help="a PNG or JPEG file that it reads instead")
+    command.add_argument("--target", metavar="TEXT", help="what it writes about that (default: its own answer)")
+    command.add_argument("--kind", action="append", metavar="NAME", default=[], help="only this kind (repeatable)")
+    command.add_argument("--layer", action="append", type=int, metavar="N", default=[], help="only this layer, from 0")
+    command.add_argument("--head", action="append", type=int, metavar="N", default=[], help="only this head, from 0")
+    command.add_argument("--terminal", action="store_true", help="draw the maps here, however many there are")
+    command.add_argument("--png", metavar="DIR", help="write one picture for each layer into DIR")
+    command.add_argument("--html", metavar="FILE", help="write all maps as one page")
+    command.add_argument("--json", action="store_true", help="one JSON object")
 
 
 def _command(

@@ -163,6 +163,41 @@ class Embeddings:
         return self.embeddings[index].values
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionHead:
+    """One head: the entropy of each row in nats, and its weights, empty if entropies alone were asked for."""
+
+    head: int
+    entropies: tuple[float, ...]
+    weights: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionLayer:
+    """One attention of a model; `rows` and `columns` are the names of its places.
+
+    A row sees so many columns to the `left` and to the `right` of its own place, all where None.
+    """
+
+    kind: str
+    layer: int
+    title: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    left: int | None
+    right: int | None
+    heads: tuple[AttentionHead, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """Where a model looks; `target_ids` are what was written about a source."""
+
+    model: str
+    layers: tuple[AttentionLayer, ...]
+    target_ids: tuple[int, ...]
+
+
 ModelState: TypeAlias = Literal["loading", "ready", "unavailable", "unspecified"]
 
 

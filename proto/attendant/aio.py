@@ -16,8 +16,21 @@ import grpc
 
 from attendant import _messages
 from attendant._errors import Cancelled, from_rpc_error
+from attendant._explaining import ExplainOptions, ExplanationParts, explain_request
 from attendant._messages import GenerateOptions
-from attendant._types import Delta, Embeddings, Event, Finished, Generation, Model, Pooling, Started, Tokens, Turn
+from attendant._types import (
+    Delta,
+    Embeddings,
+    Event,
+    Explanation,
+    Finished,
+    Generation,
+    Model,
+    Pooling,
+    Started,
+    Tokens,
+    Turn,
+)
 from attendant.client import CHANNEL_OPTIONS, PAGE_SIZE
 from attendant.v1 import model_service_pb2
 from attendant.v1.inference_service_pb2_grpc import InferenceServiceStub
@@ -185,6 +198,21 @@ class AsyncClient:
             model, inputs, pooling=pooling, normalize=normalize, dimensions=dimensions, truncate=truncate
         )
         return _messages.embeddings(await _unary(self._inference.Embed, request, timeout))
+
+    async def explain(
+        self, text: str | None = None, *, model: str, timeout: float | None = None, **options: Unpack[ExplainOptions]
+    ) -> Explanation:
+        """Return the attention weights of a model over a text, or what `options` name in its place.
+
+        For a model that writes about a source, that is the source.
+        """
+        parts = ExplanationParts()
+        try:
+            async for response in self._inference.Explain(explain_request(model, text, options), timeout=timeout):
+                parts.add(response)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        return parts.whole()
 
     async def tokenize(
         self,

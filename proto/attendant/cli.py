@@ -1,4 +1,4 @@
-"""The command `attendant`: generate, chat, embed, models, tokenize, latency.
+"""The command `attendant`: generate, chat, embed, explain, models, tokenize, latency.
 
 Text appears as it is generated. Ctrl-C cancels the request on the server; in a conversation it only ends the
 answer.
@@ -19,11 +19,14 @@ from time import perf_counter
 from attendant import _options
 from attendant._errors import AttendantError, InvalidRequest, Unavailable
 from attendant._latency import latency_table
+from attendant._sheet import sheet_of
 from attendant._terminal import duration, table, visible
 from attendant._types import Delta, Finished, Message, Started
 from attendant.client import Client, GenerateStream
+from attendant.heatmap import Sheet, entropy_table, render_html, render_terminal, takes_colours, write_pngs
 
 MAX_INPUTS = 256  # texts of one call
+MAX_MAPS = 4  # that are drawn without being asked for
 FAILED, MISUSED, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 
 
@@ -34,7 +37,7 @@ class UsageError(Exception):
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     args = _options.parser(
-        generate=generate, chat=chat, embed=embed, models=models, tokenize=tokenize, latency=latency
+        generate=generate, chat=chat, embed=embed, explain=explain, models=models, tokenize=tokenize, latency=latency
     ).parse_args(arguments)
     try:
         status: int = args.run(args)
@@ -123,6 +126,44 @@ def embed(args: argparse.Namespace) -> int:
             for vector in vectors:
                 print(json.dumps([float(f"{value:.7g}") for value in vector]))
     return 0
+
+
+def explain(args: argparse.Namespace) -> int:
+    """Show the entropy of every head, and heat maps."""
+    image = None if args.image is None else _file(args.image)
+    text = _text(args.text, "a text") if image is None else args.text
+    with Client(args.server) as client:
+        found = client.explain(
+            text,
+            model=_model(client, args, task="explain"),
+            image=image,
+            target=args.target,
+            kinds=args.kind,
+            layers=args.layer,
+            heads=args.head,
+            timeout=args.timeout,
+        )
+    if args.json:
+        print(json.dumps(asdict(found), ensure_ascii=False))
+        return 0
+    _draw(sheet_of(found, f"{found.model}: {args.image or text}"), args)
+    return 0
+
+
+def _draw(sheet: Sheet, args: argparse.Namespace) -> None:
+    """Print the entropies, and the maps wherever they are wanted; on the terminal if they are few."""
+    print(entropy_table(sheet))
+    if args.png is not None:
+        for path in write_pngs(sheet, Path(args.png)):
+            print(path)
+    if args.html is not None:
+        Path(args.html).write_text(render_html(sheet), encoding="utf-8")
+        print(args.html)
+    num_maps = sum(len(layer.heads) for layer in sheet.layers)
+    if args.terminal or (num_maps <= MAX_MAPS and args.png is None and args.html is None):
+        print(f"\n{render_terminal(sheet, colours=takes_colours(sys.stdout))}")
+    elif args.png is None and args.html is None:
+        print(f"{num_maps} heat maps: choose with --layer and --head, or draw all with --terminal", file=sys.stderr)
 
 
 def models(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ Every drawing uses one colour scale from 0 to 1, hatches the cells that a mask h
 beside the largest that they could be.
 """
 
+from attendant.heatmap.files import write_pngs
 from attendant.heatmap.maps import AttentionMap, Layer, Sheet, entropy_nats
 from attendant.heatmap.page import render_html
 from attendant.heatmap.raster import render_png
@@ -24,4 +25,5 @@ __all__ = [
     "render_png",
     "render_terminal",
     "takes_colours",
+    "write_pngs",
 ]
