@@ -18,7 +18,6 @@ from models.decoder import Decoder
 from models.encoder import Encoder, StackConfig
 from models.encoder_decoder import SourceToSequence
 from models.hard_vision import HardVision
-from models.masked_lm import MaskedLanguageModel
 from models.recurrent import Recurrent
 from models.vision import ImageEncoderConfig, VisionTransformer
 
@@ -57,8 +56,6 @@ def shown_of(module: nn.Module, max_model_len: int) -> Shown | None:
     """Describe what can be shown of a model that is served with so many tokens; None if it computes no weights."""
     if isinstance(module, Decoder):
         return _decoder(module, max_model_len)
-    if isinstance(module, Encoder | MaskedLanguageModel):
-        return _encoder(module, max_model_len)
     if isinstance(module, VisionTransformer):
         return _vision(module)
     if isinstance(module, HardVision):
@@ -67,7 +64,8 @@ def shown_of(module: nn.Module, max_model_len: int) -> Shown | None:
         return _recurrent(module, max_model_len)
     if isinstance(module, SourceToSequence):
         return _source_to_sequence(module, max_model_len)
-    return None
+    encoder = module if isinstance(module, Encoder) else getattr(module, "encoder", None)  # of one with a head
+    return _encoder(encoder, max_model_len) if isinstance(encoder, Encoder) else None
 
 
 def _decoder(module: Decoder, max_model_len: int) -> Shown | None:
@@ -83,7 +81,7 @@ def _decoder(module: Decoder, max_model_len: int) -> Shown | None:
     )
 
 
-def _encoder(module: Encoder | MaskedLanguageModel, max_model_len: int) -> Shown | None:
+def _encoder(module: Encoder, max_model_len: int) -> Shown | None:
     config = module.config
     if config.stack.attention not in _SHOWN_ATTENTION:
         return None
