@@ -16,7 +16,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from attendant.bundle import MANIFEST_NAME, Manifest, ModelName, SamplingDefaults, Vocabulary
 from export import manifest as describe
-from export.decoder import export_decoder
 from export.encoder import export_encoder
 from export.errors import ExportRefused
 from export.explain_graph import add_explain_graph
@@ -24,10 +23,14 @@ from export.generating import export_generating
 from export.parts import Parts, Report
 from export.source import TextSource, source_of, target_config
 from export.text import QUALITY, tokens_of
+from export.vision import export_vision, num_places
 from models.checkpoint import TrainedModel
-from models.decoder import Decoder
+from models.classifier import Classifier, Tagger
 from models.encoder import Encoder
+from models.hard_vision import HardVision
+from models.masked_lm import MaskedLanguageModel
 from models.model import Model
+from models.vision import VisionTransformer
 
 __all__ = ["PRECISIONS", "ExportRefused", "Target", "export_bundle"]
 
@@ -96,14 +99,14 @@ def export_bundle(
     length = limit if max_model_len is None else max_model_len
     if precision not in PRECISIONS:
         raise ExportRefused(f"precision is {precision!r}: export knows {' and '.join(PRECISIONS)}")
-    if not _MIN_MODEL_LEN <= length <= limit:
+    if model.tokenizer is not None and not _MIN_MODEL_LEN <= length <= limit:
         raise ExportRefused(f"max_model_len is {length}: it must lie in {_MIN_MODEL_LEN} to {limit} tokens")
     if target.directory.exists() and not force:
         raise ExportRefused(f"{target.directory} exists; choose another version, or --force to replace it")
     target.directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.version}-", dir=target.directory.parent))
     try:
-        text = tokens_of(QUALITY, model.tokenizer.json)
+        text = np.zeros(0, np.int64) if model.tokenizer is None else tokens_of(QUALITY, model.tokenizer.json)
         parts = export(scratch, model, precision, length, text, report)
         if explain is not False:
             parts = add_explain_graph(scratch, model.module, parts, explain, report)
@@ -119,6 +122,7 @@ def export_bundle(
             vocabulary=vocabulary,
             source_vocabulary=source_vocabulary,
             image=parts.image,
+            classes=parts.classes,
             sampling_defaults=sampling_defaults or SamplingDefaults(),
             embedding=parts.embedding,
             explain=parts.explain,
@@ -140,10 +144,12 @@ def export_bundle(
 
 def _architecture(module: Model) -> tuple[int, Export]:
     """Return the longest sequence of a model, in tokens, and what exports it."""
-    if type(module) is Decoder:
-        return module.config.max_model_len, export_decoder
-    if isinstance(module, Encoder):
+    if isinstance(module, Encoder | MaskedLanguageModel):
         return module.config.max_source_len, export_encoder
+    if isinstance(module, Classifier | Tagger):
+        return module.config.encoder.max_source_len, export_encoder
+    if isinstance(module, VisionTransformer | HardVision):
+        return num_places(module), export_vision
     if module.state_specs():
         return target_config(module).max_model_len, export_generating
     raise ExportRefused(f"the checkpoint holds a {type(module).__name__}: export does not know what it does")

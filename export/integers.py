@@ -134,6 +134,7 @@ def _prefill(session: ort.InferenceSession, text: NDArray[np.int64]) -> Iterator
         "lengths": np.array([length], np.int32),
         "total_length": np.array(length, np.int32),
         "logits_index": np.arange(length),
+        "segment_ids": np.zeros((1, length), np.int64),
     }
     for tensor in session.get_inputs():
         if tensor.name in known:

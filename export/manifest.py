@@ -74,6 +74,7 @@ def vocabulary(tokenizer: TokenizerInfo, size: int, file: str) -> Vocabulary:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_ids=tokenizer.eos_token_ids,
         pad_token_id=tokenizer.pad_token_id,
+        mask_token_id=tokenizer.mask_token_id,
         add_bos=tokenizer.add_bos,
         chat_template=tokenizer.chat_template,
     )

@@ -81,6 +81,18 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, num_he
     )
 
 
+def rotate(values: Tensor, cosines: Tensor, sines: Tensor, *, num_heads: int) -> Tensor:
+    """Turn the halves of every head of [B, S, N * D] by the angles whose cosines and sines are [B, S, D / 2]."""
+    return symbolic(
+        "RotaryEmbedding",
+        (values, cosines, sines),
+        {"num_heads": num_heads, "interleaved": 0},
+        dtype=values.dtype,
+        shape=values.shape,
+        version=OPSET,
+    )
+
+
 def add(left: Tensor, right: Tensor) -> Tensor:
     """Add two tensors, the second broadcast to the first, so that ONNX Runtime leaves the sum alone.
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from attendant.bundle import Certificate, Embedding, Explain, Golden, GraphSpec, ImageInput, Limits, StateSpec
+from attendant.bundle import Certificate, Classes, Embedding, Explain, Golden, GraphSpec, ImageInput, Limits, StateSpec
 
 Report = Callable[[str], None]
 """Takes one line for every stage and check."""
@@ -24,3 +24,4 @@ class Parts:
     embedding: Embedding | None = None
     explain: Explain | None = None
     image: ImageInput | None = None
+    classes: Classes | None = None

@@ -38,7 +38,8 @@ class TokenizerInfo:
     """A tokenizer and the ids with a meaning of their own.
 
     `json` is a whole Hugging Face tokenizers file. Generation ends at any of `eos_token_ids`; `add_bos` says
-    whether a prompt begins with `bos_token_id`; `chat_template` is Jinja.
+    whether a prompt begins with `bos_token_id`; `chat_template` is Jinja; `mask_token_id` stands where a token is to be
+    filled in.
     """
 
     json: str
@@ -47,6 +48,7 @@ class TokenizerInfo:
     pad_token_id: int | None
     add_bos: bool
     chat_template: str | None
+    mask_token_id: int | None = None
 
     def __post_init__(self) -> None:
         if self.add_bos and self.bos_token_id is None:

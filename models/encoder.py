@@ -34,6 +34,7 @@ class StackConfig:
 
     `positions` are those that act inside attention; `bias` is that of every linear layer. With a `window` a token sees
     fewer than so many tokens to either side; with attention "longformer", half as many as the window, which is even.
+    With `share_layers` all layers are one, applied again and again (Lan et al., ALBERT, 2019, arXiv:1909.11942).
 
     Raises:
         ValueError: a field is out of range; the message names the field, its value and the limit.
@@ -53,6 +54,7 @@ class StackConfig:
     window: int | None = None
     num_features: int = 256
     qk_norm: bool = False
+    share_layers: bool = False
 
     def __post_init__(self) -> None:
         check_integers(self, 1, "d_model", "num_layers", "num_heads", "d_ff", "window", "num_features")
@@ -80,20 +82,26 @@ class EncoderStack(nn.Module):
     def __init__(self, config: StackConfig, *, dropout: float = 0.0):
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList(self._layer(config, dropout) for _ in range(config.num_layers))
+        num_own = 1 if config.share_layers else config.num_layers
+        self.layers = nn.ModuleList(self._layer(config, dropout) for _ in range(num_own))
         norm = NORMS[config.norm]
         self.final_norm = norm(config.d_model, eps=config.norm_eps) if config.norm_first else nn.Identity()
 
+    @property
+    def depth(self) -> list[nn.Module]:
+        """The layers in the order in which they are applied."""
+        return list(self.layers) * (self.config.num_layers // len(self.layers))
+
     def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
         """Map x (B, S, E) to (B, S, E); what padding becomes means nothing."""
-        for layer in self.layers:
+        for layer in self.depth:
             x = layer(x, chunk).x
         return self.final_norm(x)
 
     def attention_weights(self, x: Tensor, chunk: Chunk) -> list[Tensor]:
         """Return each layer's weights (B, H, S, S)."""
         weights = []
-        for layer in self.layers:
+        for layer in self.depth:
             output = layer(x, chunk, need_weights=True)
             x = output.x
             weights.append(output.weights)
@@ -142,7 +150,8 @@ class EncoderConfig:
 
     `max_source_len` counts tokens. `positions` are added to the embeddings. `num_segments` kinds of text are told apart
     by an embedding each; 0 is none. `embedding_norm` normalises the sum of embeddings, as BERT does; `scale_embeddings`
-    multiplies token embeddings by the square root of the width.
+    multiplies token embeddings by the square root of the width. Embeddings of `d_embedding` components, where
+    that is given, are widened by a linear map.
 
     Raises:
         ValueError: a field is out of range; the message names the field, its value and the limit.
@@ -154,12 +163,18 @@ class EncoderConfig:
     num_segments: int = 0
     embedding_norm: bool = False
     scale_embeddings: bool = False
+    d_embedding: int | None = None
     stack: StackConfig
 
     def __post_init__(self) -> None:
-        check_integers(self, 1, "vocab_size", "max_source_len")
+        check_integers(self, 1, "vocab_size", "max_source_len", "d_embedding")
         check_integers(self, 0, "num_segments")
         check_choices(self, positions=get_args(AbsolutePositions))
+
+    @property
+    def embedding_width(self) -> int:
+        """Components of an embedding."""
+        return self.stack.d_model if self.d_embedding is None else self.d_embedding
 
 
 class Encoder(Model):
@@ -169,7 +184,7 @@ class Encoder(Model):
 
     def __init__(self, config: EncoderConfig, *, dropout: float = 0.0):
         super().__init__(config)
-        width = config.stack.d_model
+        width = config.embedding_width
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.position_embedding: nn.Module | None = None
         if config.positions == "learned":
@@ -180,6 +195,8 @@ class Encoder(Model):
         norm = NORMS[config.stack.norm]
         self.embedding_norm = norm(width, eps=config.stack.norm_eps) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
+        widens = config.d_embedding is not None
+        self.embedding_projection = nn.Linear(width, config.stack.d_model) if widens else nn.Identity()
         self.stack = EncoderStack(config.stack, dropout=dropout)
         initialise(self, config.stack.num_layers)
         if config.scale_embeddings:
@@ -228,9 +245,9 @@ class Encoder(Model):
     def _embed(self, token_ids: Tensor, chunk: Chunk, segment_ids: Tensor | None) -> Tensor:
         x = self.token_embedding(token_ids)
         if self.config.scale_embeddings:
-            x = x * math.sqrt(self.config.stack.d_model)
+            x = x * math.sqrt(self.config.embedding_width)
         if self.position_embedding is not None:
             x = x + self.position_embedding(chunk.positions).to(x.dtype)
         if self.segment_embedding is not None:
             x = x + self.segment_embedding(torch.zeros_like(token_ids) if segment_ids is None else segment_ids)
-        return self.dropout(self.embedding_norm(x))
+        return self.embedding_projection(self.dropout(self.embedding_norm(x)))

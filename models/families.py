@@ -1,6 +1,7 @@
 """The architectures that a checkpoint can hold, by the name it gives them."""
 
 from models.captioner import Captioner
+from models.classifier import Classifier, Tagger
 from models.decoder import Decoder
 from models.encoder import Encoder
 from models.encoder_decoder import EncoderDecoder
@@ -16,6 +17,8 @@ FAMILIES: dict[str, type[Model]] = {
     "encoder-decoder": EncoderDecoder,
     "recurrent": Recurrent,
     "masked-lm": MaskedLanguageModel,
+    "classifier": Classifier,
+    "tagger": Tagger,
     "vision-transformer": VisionTransformer,
     "hard-attention": HardVision,
     "captioner": Captioner,

@@ -16,8 +16,8 @@ class PredictionHead(nn.Module):
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
-        width = config.stack.d_model
-        self.dense = nn.Linear(width, width)
+        width = config.embedding_width
+        self.dense = nn.Linear(config.stack.d_model, width)
         self.activation = ACTIVATIONS[config.stack.activation]
         self.norm = NORMS[config.stack.norm](width, eps=config.stack.norm_eps)
         self.output = nn.Linear(width, config.vocab_size)

@@ -7,7 +7,7 @@ Shapes: B windows, T tokens, V vocabulary.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -204,7 +204,7 @@ def _accuracy(guesses: Tensor, places: Places) -> float:
 def _trained(model: MaskedLanguageModel | Decoder, tokenizer: Tokenizer, text: TextConfig) -> TrainedModel:
     return TrainedModel(
         module=model,
-        tokenizer=tokenizer_info(tokenizer),
+        tokenizer=replace(tokenizer_info(tokenizer), mask_token_id=tokenizer.token_to_id(MASK)),
         source="trained by the recipe mlm",
         licence=text.licence,
         recipe="mlm",

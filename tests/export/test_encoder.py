@@ -9,6 +9,8 @@ import torch
 from attendant.bundle import GraphKind, read_manifest
 from export import encoder
 from export.bundle import ExportRefused, Target, export_bundle
+from export.encode_runner import EncodeRunner, Row
+from export.encoder_task import task_of
 from models.encoder import Encoder, EncoderConfig
 
 
@@ -20,7 +22,8 @@ def bundle(request, encoder_repository):
 def rows_of(tiny_encoder, *lengths):
     generator = torch.Generator().manual_seed(0)
     size = tiny_encoder.module.config.vocab_size
-    return [torch.randint(size, (length,), generator=generator).numpy() for length in lengths]
+    tokens = [torch.randint(size, (length,), generator=generator).numpy() for length in lengths]
+    return [Row.of(each, is_pair=False) for each in tokens]
 
 
 def test_the_manifest_says_how_to_embed(bundle, tiny_encoder):
@@ -35,14 +38,14 @@ def test_the_manifest_says_how_to_embed(bundle, tiny_encoder):
 @pytest.mark.parametrize("lengths", [[1], [288], [7, 3, 50], [16, 17, 15, 1, 33]], ids=str)
 def test_the_graph_computes_what_pytorch_does(encoder_repository, tiny_encoder, lengths):
     rows = rows_of(tiny_encoder, *lengths)
-    graph = encoder.EncodeRunner(encoder_repository / "encoder-fp32" / "1" / encoder.GRAPH_FILE)
+    graph = EncodeRunner(encoder_repository / "encoder-fp32" / "1" / encoder.GRAPH_FILE)
     for row, vectors in zip(rows, graph(rows), strict=True):
-        assert encoder.relative_error(vectors, encoder.oracle(tiny_encoder.module, row)) < 1e-5
+        assert encoder.relative_error(vectors, task_of(tiny_encoder).oracle(row)) < 1e-5
 
 
 def test_bits_depend_neither_on_neighbours_nor_on_padding(bundle, tiny_encoder):
     rows = rows_of(tiny_encoder, 5, 16, 17, 40, 100, 255)
-    graph = encoder.EncodeRunner(bundle / encoder.GRAPH_FILE)
+    graph = EncodeRunner(bundle / encoder.GRAPH_FILE)
     for row, vectors in zip(rows, graph(rows), strict=True):
         assert np.array_equal(vectors, graph([row])[0])
 
@@ -50,7 +53,7 @@ def test_bits_depend_neither_on_neighbours_nor_on_padding(bundle, tiny_encoder):
 def test_a_graph_of_other_weights_is_refused(tiny_encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(encoder, "PARITY_BOUND", 1e-12)
     target = Target(repository=tmp_path, name="damaged", version=1)
-    with pytest.raises(ExportRefused, match=r"certificate failed: vectors of one text: .*, allowed 1e-12"):
+    with pytest.raises(ExportRefused, match=r"certificate failed: hidden of one text: .*, allowed 1e-12"):
         export_bundle(tiny_encoder, target, precision="fp32", report=lambda line: None)
     assert list((tmp_path / "damaged").iterdir()) == []
 
@@ -58,8 +61,7 @@ def test_a_graph_of_other_weights_is_refused(tiny_encoder, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"norm_first": True}, "norm_first is True"),
-        ({"positions": "rotary"}, "positions is 'rotary'"),
+        ({"positions": "alibi"}, "positions is 'alibi'"),
         ({"attention": "elu"}, "attention is 'elu'"),
         ({"window": 4}, "window is 4"),
     ],
