@@ -67,7 +67,20 @@ define generate
 	$(BIN)/python -m grpc_tools.protoc -I proto --grpc_python_out=$(1) $(SERVICE_PROTOS)
 endef
 
-bundles: $(DEMO_BUNDLES:%=$(BUNDLES)/%/1/manifest.json) ## export the demo's
+# A bundle of a checkpoint that is committed: its name, and that of the checkpoint.
+define trained
+TRAINED_BUNDLES += $(1)
+$(BUNDLES)/$(1)/1/manifest.json: $(wildcard models/checkpoints/$(2)/*) $(EXPORT_SOURCES) | $(READY)
+	$(BIN)/python -m export models/checkpoints/$(2) $(BUNDLES) --name $(1) --force
+endef
+$(eval $(call trained,g2p,g2p))
+$(eval $(call trained,dates-bahdanau,dates-bahdanau))
+$(eval $(call trained,dates-luong,dates-luong))
+$(eval $(call trained,lm-window,lm-window))
+$(eval $(call trained,lm-performer,lm-performer))
+$(eval $(call trained,caption-digits,caption))
+
+bundles: $(patsubst %,$(BUNDLES)/%/1/manifest.json,$(DEMO_BUNDLES) $(TRAINED_BUNDLES)) ## export what is served
 
 $(BUNDLES)/smollm2-135m/1/manifest.json: PRECISION := int8
 $(BUNDLES)/smollm2-135m-fp32/1/manifest.json: PRECISION := fp32

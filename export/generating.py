@@ -1,7 +1,7 @@
-"""Any model that generates becomes the parts of a bundle, by graphs that are traced from its own code.
+"""Any model that generates becomes the parts of a bundle: the fast graph where it has one, or else its own code traced.
 
-It knows no mechanism: states and limits are what the model declares. Prompts are always cut alike, since nothing is
-known of how a mechanism's sums round.
+Of a traced mechanism nothing is known but the states and limits that the model declares. So prompts are always cut
+alike, because nobody knows how its sums would round otherwise.
 """
 
 from pathlib import Path
@@ -10,14 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attendant.bundle import TOKENS, Limits
+from export import manifest as describe
 from export.certificate import certify
+from export.decoder import appended, obstacle, write_fast_step
 from export.errors import ExportRefused
 from export.golden import record_golden
 from export.parts import Parts, Report
 from export.runner import Runner
 from export.samples import NUM_ROWS, about_sources, of_text
-from export.source import ImageSource, TextSource, source_of, target_config
-from export.traced import describe_states, encode_graph, step_graph, write_encode_graph, write_step_graph
+from export.source import ImageSource, Source, TextSource, source_of, target_config
+from export.traced import write_traced_encoder, write_traced_step
 from models.checkpoint import TrainedModel
 from models.families import FAMILIES
 
@@ -32,7 +34,7 @@ def export_generating(
     Args:
         directory: where the bundle is being made.
         model: with a module that goes step by step.
-        precision: "fp32", which is all there is of a traced graph.
+        precision: "fp32"; or "int8", which decoders that continue texts have.
         max_model_len: longest sequence to serve, in tokens.
         text: token ids of the quality text, on which a model that continues texts is checked.
         report: takes one line for every stage and check.
@@ -41,21 +43,26 @@ def export_generating(
         ExportRefused: the model cannot be exported, or a check failed.
     """
     module, tokenizer = model.module, model.tokenizer
-    if precision != "fp32":
-        raise ExportRefused(f"precision is {precision!r}: a {type(module).__name__} is exported in fp32 only")
-    assert tokenizer is not None, "the caller refuses a generating model without a tokenizer"
-    source, chunk = source_of(module), min(module.step_tokens, max_model_len)
-    states = describe_states(module, source)
-    step = step_graph(states, target_config(module).vocab_size, TOKENS if chunk > 1 else 1)
-    report("tracing the step graph")
-    write_step_graph(module, step, directory, max_tokens=chunk)
+    source, why_traced = source_of(module), obstacle(module)
+    _refuse_unfit(model, precision, source, why_traced)
+    states = describe.states(module, source)
+    vocab_size, chunk = target_config(module).vocab_size, None
+    if why_traced is None:
+        states = tuple(appended(state) for state in states)
+        step = describe.step_graph(states, vocab_size, tokens=TOKENS, total_length=True)
+        write_fast_step(directory, model, precision, step, max_model_len, report)
+    else:
+        chunk = min(module.step_tokens, max_model_len)
+        step = describe.step_graph(states, vocab_size, tokens=TOKENS if chunk > 1 else 1)
+        report(f"tracing the step graph from the model's own code: {why_traced}")
+        write_traced_step(module, step, directory, max_tokens=chunk)
     capacity, graphs = min(max_model_len, _CACHE_TOKENS), [step]
     if source is None:
         samples = of_text(text)
     else:
         report("tracing the encode graph")
-        graphs.append(encode_graph(states, source))
-        write_encode_graph(module, graphs[1], directory)
+        graphs.append(describe.encode_graph(states, source))
+        write_traced_encoder(module, graphs[1], directory)
         samples = about_sources(module, source, capacity, tokenizer.bos_token_id or 0)
     runner = Runner(
         directory / step.file,
@@ -66,7 +73,7 @@ def export_generating(
         source_len=0 if source is None else source.padded_len,
     )
     report("checking the graphs against the model")
-    certificate = certify(precision, directory / step.file, runner, module, samples, report)
+    certificate = certify(precision, directory / step.file, runner, module, samples, report, text)
     return Parts(
         family=next((name for name, known in FAMILIES.items() if type(module) is known), "custom"),
         tasks=("generate",),
@@ -81,3 +88,12 @@ def export_generating(
         golden=record_golden(runner, samples, precision, directory),
         certificate=certificate,
     )
+
+
+def _refuse_unfit(model: TrainedModel, precision: str, source: Source | None, why_traced: str | None) -> None:
+    if model.tokenizer is None:
+        raise ExportRefused("the checkpoint has no tokenizer: what is generated could not be read")
+    if precision != "fp32" and why_traced is not None:
+        raise ExportRefused(f"precision is {precision!r}: {why_traced}, and such a model is exported in fp32 only")
+    if precision != "fp32" and source is not None:
+        raise ExportRefused(f"precision is {precision!r}: a model that writes about a source is exported in fp32 only")

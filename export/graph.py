@@ -1,4 +1,4 @@
-"""The served graph of a decoder: one step, prefill or decode, with a KV cache that it extends in place.
+"""The fast graph of a decoder: one step, prefill or decode, with a KV cache that it extends in place.
 
 B rows, S new tokens of each, T = B * S, E model width, N query heads, K key/value heads, D head width, M capacity,
 L logit rows. The residual stream is kept flat, [T, E]: only attention needs to know which row a token belongs to.
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from export import operators
 from export.layers import Norm, activate
 from export.linear import Kernels
-from export.weights import DecoderWeights, LayerWeights, pack
+from export.weights import CrossWeights, DecoderWeights, LayerWeights, pack
 from models.attention.positions import Rotary
 from models.decoder_config import DecoderConfig
 
@@ -21,11 +21,16 @@ KeyValue = tuple[Tensor, Tensor]
 
 
 class _Step(NamedTuple):
-    """What attention must know of a step: B and S, int32 [B] index of each row's last position, int32 [] capacity."""
+    """What attention must know of a step.
+
+    That is B and S, int32 [B] index of each row's last position, int32 [] capacity, and the mask of sources
+    [B, 1, S, source], None where all of a source is real or there is none.
+    """
 
     shape: torch.Size
     last_position: Tensor
     total_length: Tensor
+    source_mask: Tensor | None
 
 
 class StepGraph(nn.Module):
@@ -58,8 +63,9 @@ class StepGraph(nn.Module):
         lengths: Tensor,
         total_length: Tensor,
         logits_index: Tensor,
-        past: list[KeyValue],
-    ) -> tuple[Tensor, list[KeyValue]]:
+        source_lengths: Tensor | None,
+        states: list[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
         """Run one step.
 
         Args:
@@ -67,20 +73,30 @@ class StepGraph(nn.Module):
             lengths: int32 [B], tokens of each row after this step.
             total_length: int32 [], M.
             logits_index: int64 [L], flat positions whose logits are wanted.
-            past: keys and values [B, K, M, D] of each layer.
+            source_lengths: int32 [B], how much of each row's source is real, where that differs.
+            states: of each layer keys and values [B, K, M, D] of the past and, where there is a source, those of it.
 
         Returns:
-            Logits [L, vocabulary], and `past` extended.
+            Logits [L, vocabulary], and the keys and values of the past extended.
         """
-        step = _Step(token_ids.shape, lengths - 1, total_length)
+        each = len(states) // len(self.layers)
+        source_mask = None
+        if source_lengths is not None:
+            valid = torch.arange(states[2].shape[2]) < source_lengths[:, None]
+            # Spelt out for every query: the operator refuses a mask that broadcasts over them.
+            source_mask = valid[:, None, None].expand(-1, 1, token_ids.shape[1], -1)
+        step = _Step(token_ids.shape, lengths - 1, total_length, source_mask)
         rotation = None if self.cosines is None else (self.cosines, self.sines)
         hidden = self._embed(token_ids, step)
         normalised = self.layers[0].attention_norm(hidden)
-        present = []
+        present: list[Tensor] = []
         for index, layer in enumerate(self.layers):
             is_last = index == len(self.layers) - 1
-            context, extended = layer.attend(normalised, past[index], step, rotation)
-            present.append(extended)
+            key, value, *source = states[index * each : (index + 1) * each]
+            context, *extended = layer.attend(normalised, (key, value), step, rotation)
+            present += extended
+            if layer.cross is not None:
+                context, hidden = layer.attend_to_source(context, hidden, source, step)
             if is_last:
                 # Behind the last attention nothing mixes positions: only the wanted ones go on.
                 context, hidden = context.index_select(0, logits_index), hidden.index_select(0, logits_index)
@@ -107,6 +123,7 @@ class _Layer(nn.Module):
         self.attention_norm = Norm(layer.attention_norm, config.norm_eps)
         self.query_key_value = kernels.normalised([pack(layer.query, layer.key, layer.value)])
         self.output = kernels.context([layer.output])
+        self.cross = None if layer.cross is None else _Cross(layer.cross, kernels, config)
         self.feed_forward_norm = Norm(layer.feed_forward_norm, config.norm_eps)
         # Two products rather than one and a Split, whose copy costs more than it saves.
         self.up = kernels.normalised([layer.up] if layer.gate is None else [layer.gate, layer.up])
@@ -114,8 +131,8 @@ class _Layer(nn.Module):
 
     def attend(
         self, normalised: Tensor, past: KeyValue, step: _Step, rotation: KeyValue | None
-    ) -> tuple[Tensor, KeyValue]:
-        """Return the heads' context [T, N * D] and the extended keys and values."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the heads' context [T, N * D], and the extended keys and values."""
         (query_key_value,) = self.query_key_value(normalised)
         context, key, value = operators.group_query_attention(
             query_key_value.reshape(*step.shape, -1),
@@ -126,15 +143,42 @@ class _Layer(nn.Module):
             num_heads=self.config.num_heads,
             num_kv_heads=self.config.num_kv_heads,
             rotary_interleaved=self.config.rope_interleaved,
+            window=self.config.window,
         )
-        return context.reshape(-1, context.shape[2]), (key, value)
+        return context.reshape(-1, context.shape[2]), key, value
+
+    def attend_to_source(
+        self, context: Tensor, hidden: Tensor, source: list[Tensor], step: _Step
+    ) -> tuple[Tensor, Tensor]:
+        """Add what the tokens said to each other, and return what the heads read of the source, and the sum."""
+        (update,) = self.output(context)
+        normalised, hidden = self.cross.norm.after(update, hidden)
+        return self.cross(normalised, *source, step), hidden
 
     def advance(self, context: Tensor, hidden: Tensor, next_norm: Norm) -> tuple[Tensor, Tensor]:
         """Finish the layer; return the input of the next one, normalised and as it is."""
-        (update,) = self.output(context)
+        (update,) = (self.output if self.cross is None else self.cross.output)(context)
         normalised, hidden = self.feed_forward_norm.after(update, hidden)
         (update,) = self.down(activate(self.config.activation, *self.up(normalised)))
         return next_norm.after(update, hidden)
+
+
+class _Cross(nn.Module):
+    """Attention to a source whose keys and values were made once."""
+
+    def __init__(self, weights: CrossWeights, kernels: Kernels, config: DecoderConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.norm = Norm(weights.norm, config.norm_eps)
+        self.query = kernels.normalised([weights.query])
+        self.output = kernels.context([weights.output])
+
+    def forward(self, normalised: Tensor, key: Tensor, value: Tensor, step: _Step) -> Tensor:
+        """Return the heads' context [T, N * D] of tokens [T, E]."""
+        (query,) = self.query(normalised)
+        heads = query.reshape(*step.shape, self.num_heads, -1).transpose(1, 2)  # [B, N, S, D]
+        context = operators.cross_attention(heads, key, value, step.source_mask)
+        return context.transpose(1, 2).reshape(query.shape)
 
 
 def _rotation(config: DecoderConfig, max_model_len: int) -> tuple[Tensor | None, Tensor | None]:

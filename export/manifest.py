@@ -1,15 +1,15 @@
-"""What the manifest says of a decoder's bundle: docs/bundle.md in the terms of the schema."""
+"""What the manifest says of a bundle: docs/bundle.md in the terms of the schema."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
 from attendant.bundle import (
-    CAPACITY,
     LOGIT_ROWS,
     ROWS,
-    TOKENS,
+    SOURCE,
+    Axis,
     DType,
     FileRef,
     GraphKind,
@@ -23,46 +23,76 @@ from attendant.bundle import (
     Vocabulary,
     file_sha256,
 )
-from export.onnx_export import state_names
+from export.source import Source
 from models.checkpoint import TokenizerInfo, TrainedModel
-from models.decoder_config import DecoderConfig
+from models.model import Model
+from models.states import StateSpec as Declared
 
-GRAPH_FILE, TOKENIZER_FILE, SOURCE_TOKENIZER_FILE = "step.onnx", "tokenizer.json", "source_tokenizer.json"
+GRAPH_FILE, ENCODE_FILE = "step.onnx", "encode.onnx"
+TOKENIZER_FILE, SOURCE_TOKENIZER_FILE = "tokenizer.json", "source_tokenizer.json"
+_SOURCE_LENGTHS = TensorSpec(name="source_lengths", role=Role.SOURCE_LENGTHS, dtype=DType.INT32, axes=(ROWS,))
+_TOTAL_LENGTH = TensorSpec(name="total_length", role=Role.TOTAL_LENGTH, dtype=DType.INT32, axes=())
 _PACKAGES = ("attendant", "numpy", "onnx", "onnxruntime", "onnxscript", "torch")
 
 
-def step_graph(config: DecoderConfig) -> GraphSpec:
-    """Describe the step graph of a decoder."""
-    past, present = _state_tensors("past", config), _state_tensors("present", config)
-    logits = (LOGIT_ROWS, config.vocab_size)
+def states(model: Model, source: Source | None) -> tuple[StateSpec, ...]:
+    """Describe what a sequence remembers, as a model declares it."""
+    return tuple(_state(spec, source) for spec in model.state_specs())
+
+
+def _state(spec: Declared, source: Source | None) -> StateSpec:
+    rule = StateRule(spec.rule)
+    fixed = rule is StateRule.FIXED
+    return StateSpec(
+        name=spec.name,
+        rule=rule,
+        dtype=DType(str(spec.dtype).removeprefix("torch.")),
+        axes=(ROWS, *(source.axis if size == SOURCE and source is not None else size for size in spec.shape)),
+        input=f"fixed.{spec.name}" if fixed else f"past.{spec.name}",
+        output=None if fixed else f"present.{spec.name}",
+        made=f"made.{spec.name}" if spec.made or fixed else None,
+        # A ring is as long as its window; only what is appended to has positions to release.
+        window=spec.window if rule is StateRule.APPEND else None,
+    )
+
+
+def encode_graph(states: Sequence[StateSpec], source: Source) -> GraphSpec:
+    """Describe the graph that makes states of a source."""
+    outputs = (TensorSpec(name=s.made, role=Role.STATE, dtype=s.dtype, axes=s.axes) for s in states if s.made)
+    return GraphSpec(
+        kind=GraphKind.ENCODE,
+        file=ENCODE_FILE,
+        data=f"{ENCODE_FILE}.data",
+        inputs=(source.tensor, *((_SOURCE_LENGTHS,) if source.axis == SOURCE else ())),
+        outputs=tuple(outputs),
+    )
+
+
+def step_graph(states: Sequence[StateSpec], vocab_size: int, *, tokens: Axis, total_length: bool = False) -> GraphSpec:
+    """Describe the step graph.
+
+    Args:
+        states: what a sequence remembers.
+        vocab_size: of what is generated.
+        tokens: the axis of new tokens, or 1 where a step takes one.
+        total_length: whether the graph is told the capacity of its states.
+    """
     return GraphSpec(
         kind=GraphKind.STEP,
         file=GRAPH_FILE,
         data=f"{GRAPH_FILE}.data",
         inputs=(
-            TensorSpec(name="token_ids", role=Role.TOKEN_IDS, dtype=DType.INT64, axes=(ROWS, TOKENS)),
+            TensorSpec(name="token_ids", role=Role.TOKEN_IDS, dtype=DType.INT64, axes=(ROWS, tokens)),
             TensorSpec(name="lengths", role=Role.LENGTHS, dtype=DType.INT32, axes=(ROWS,)),
-            TensorSpec(name="total_length", role=Role.TOTAL_LENGTH, dtype=DType.INT32, axes=()),
+            *((_TOTAL_LENGTH,) if total_length else ()),
             TensorSpec(name="logits_index", role=Role.LOGITS_INDEX, dtype=DType.INT64, axes=(LOGIT_ROWS,)),
-            *past,
+            *((_SOURCE_LENGTHS,) if any(SOURCE in state.axes for state in states) else ()),
+            *(TensorSpec(name=s.input, role=Role.STATE, dtype=s.dtype, axes=s.axes) for s in states),
         ),
-        outputs=(TensorSpec(name="logits", role=Role.LOGITS, dtype=DType.FLOAT32, axes=logits), *present),
-    )
-
-
-def states(config: DecoderConfig) -> tuple[StateSpec, ...]:
-    """Describe what a sequence remembers: every layer's keys and values."""
-    past, present = _state_tensors("past", config), _state_tensors("present", config)
-    return tuple(
-        StateSpec(
-            name=before.name.removeprefix("past."),
-            rule=StateRule.APPEND,
-            dtype=before.dtype,
-            axes=before.axes,
-            input=before.name,
-            output=after.name,
-        )
-        for before, after in zip(past, present, strict=True)
+        outputs=(
+            TensorSpec(name="logits", role=Role.LOGITS, dtype=DType.FLOAT32, axes=(LOGIT_ROWS, vocab_size)),
+            *(TensorSpec(name=s.output, role=Role.STATE, dtype=s.dtype, axes=s.axes) for s in states if s.output),
+        ),
     )
 
 
@@ -94,11 +124,3 @@ def files(directory: Path) -> Iterator[FileRef]:
     """Describe every file of a directory."""
     for path in sorted(directory.iterdir()):
         yield FileRef(name=path.name, bytes=path.stat().st_size, sha256=file_sha256(path))
-
-
-def _state_tensors(prefix: str, config: DecoderConfig) -> tuple[TensorSpec, ...]:
-    axes = (ROWS, config.num_kv_heads, CAPACITY, config.head_dim)
-    return tuple(
-        TensorSpec(name=name, role=Role.STATE, dtype=DType.FLOAT32, axes=axes)
-        for name in state_names(prefix, config.num_layers)
-    )

@@ -23,6 +23,7 @@ def group_query_attention(
     num_heads: int,
     num_kv_heads: int,
     rotary_interleaved: bool,
+    window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Causal attention of each row's new tokens over its past, which it extends in place.
 
@@ -35,6 +36,7 @@ def group_query_attention(
         num_heads: N.
         num_kv_heads: K.
         rotary_interleaved: whether dimensions (2i, 2i + 1) turn together, rather than (i, i + D / 2).
+        window: how many tokens each sees, itself included; None is no limit.
 
     Returns:
         Context [B, S, N * D], and the extended keys and values.
@@ -50,6 +52,7 @@ def group_query_attention(
             "kv_num_heads": num_kv_heads,
             "do_rotary": int(rotation is not None),
             "rotary_interleaved": int(rotary_interleaved),
+            "local_window_size": -1 if window is None else window,
         },
         dtypes=(torch.float32, past[0].dtype, past[1].dtype),
         shapes=((rows, tokens, num_heads * head_dim), past[0].shape, past[1].shape),
@@ -91,6 +94,22 @@ def rotate(values: Tensor, cosines: Tensor, sines: Tensor, *, num_heads: int) ->
         shape=values.shape,
         version=OPSET,
     )
+
+
+def cross_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attend to a source: the standard operator of opset 23.
+
+    Args:
+        query: [B, N, S, D].
+        key: [B, K, source, D].
+        value: the same.
+        mask: boolean [B, 1, S, source], true = attend; None where all of a source is real.
+
+    Returns:
+        Context [B, N, S, D].
+    """
+    given = (query, key, value) if mask is None else (query, key, value, mask)
+    return symbolic("Attention", given, {}, dtype=query.dtype, shape=query.shape, version=OPSET)
 
 
 def add(left: Tensor, right: Tensor) -> Tensor:

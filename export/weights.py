@@ -39,14 +39,24 @@ class NormWeights:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CrossWeights:
+    """What a layer does with a source whose keys and values are made already."""
+
+    norm: NormWeights
+    query: Affine
+    output: Affine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
-    """One decoder layer; `gate` is present for gated activations only."""
+    """One decoder layer; `gate` is present for gated activations only, `cross` where it attends to a source."""
 
     attention_norm: NormWeights
     query: Affine
     key: Affine
     value: Affine
     output: Affine
+    cross: CrossWeights | None
     feed_forward_norm: NormWeights
     gate: Affine | None
     up: Affine
@@ -99,10 +109,20 @@ def _layer(layer: TransformerLayer) -> LayerWeights:
         key=affine(attention.key),
         value=affine(attention.value),
         output=affine(attention.output),
+        cross=_cross(layer),
         feed_forward_norm=norm_weights(layer.feed_forward_norm),
         gate=None if feed_forward.gate is None else affine(feed_forward.gate),
         up=affine(feed_forward.up),
         down=affine(feed_forward.down),
+    )
+
+
+def _cross(layer: TransformerLayer) -> CrossWeights | None:
+    cross = layer.cross_attention
+    if cross is None:
+        return None
+    return CrossWeights(
+        norm=norm_weights(layer.cross_attention_norm), query=affine(cross.query), output=affine(cross.output)
     )
 
 
