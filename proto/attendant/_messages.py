@@ -60,6 +60,7 @@ class GenerateOptions(TypedDict, total=False):
     logprobs: bool | None
     top_logprobs: int | None
     echo: bool | None
+    alignment: bool | None
     priority: int | None
     latency_budget: float | None
     """Seconds within which the whole answer is wanted."""
@@ -78,7 +79,7 @@ _PLACES: Final[dict[str, tuple[str, str]]] = {
     "stop": ("stop", "strings"),
     "stop_token_ids": ("stop", "token_ids"),
     "ignore_eos": ("stop", "ignore_eos"),
-    **{name: ("output", name) for name in ("logprobs", "top_logprobs", "echo")},
+    **{name: ("output", name) for name in ("logprobs", "top_logprobs", "echo", "alignment")},
     **{name: ("", name) for name in ("encoder_text", "priority", "latency_budget", "request_id")},
     "beam_width": ("beam", "width"),
     "length_penalty": ("beam", "length_penalty"),
@@ -253,6 +254,7 @@ class Answer:
             text="".join(delta.text for delta in deltas),
             token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
             logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
+            alignment=tuple(weights for delta in deltas for weights in delta.alignment),
             started=self.started,
             finished=self.finishes[index],
             others=others,
@@ -268,6 +270,7 @@ def _event(response: pb.GenerateResponse) -> Event | None:
                 model=started.model,
                 prompt_tokens=started.prompt_tokens,
                 seed=started.seed,
+                source_labels=tuple(started.source_labels),
             )
         case "delta":
             delta = response.delta
@@ -276,6 +279,7 @@ def _event(response: pb.GenerateResponse) -> Event | None:
                 token_ids=tuple(delta.token_ids),
                 logprobs=tuple(map(_logprob, delta.logprobs)),
                 index=delta.index,
+                alignment=tuple(tuple(token.weights) for token in delta.alignment),
             )
         case "finished":
             return _finished(response.finished)

@@ -31,6 +31,7 @@ _SWITCHES: Final[dict[str, str]] = {
     "ignore_eos": "go on past the model's own end",
     "logprobs": "report the log-probability of each token (with --json)",
     "echo": "begin the answer with the prompt",
+    "alignment": "report where in the source each token comes from (with --json)",
 }
 
 

@@ -55,22 +55,30 @@ FinishReason: TypeAlias = Literal["stop", "eos", "length", "unspecified"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """The request is accepted; `seed` makes the same answer come again, `model` is "name/version"."""
+    """The request is accepted; `seed` makes the same answer come again, `model` is "name/version".
+
+    `source_labels` name the places of the source, where an alignment was asked for.
+    """
 
     request_id: str
     model: str
     prompt_tokens: int
     seed: int
+    source_labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """More of answer `index`. Texts concatenate to the whole; a text may be empty."""
+    """More of answer `index`. Texts concatenate to the whole; a text may be empty.
+
+    `alignment` has, for each token, the weights of the places of the source, if asked for.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
     index: int = 0
+    alignment: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +106,7 @@ class Generation:
     started: Started
     finished: Finished
     others: tuple["Generation", ...] = ()
+    alignment: tuple[tuple[float, ...], ...] = ()
 
     @property
     def finish_reason(self) -> FinishReason:

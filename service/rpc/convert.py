@@ -9,7 +9,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from attendant.bundle import Manifest, Vocabulary
+from attendant.bundle import Manifest, Places, Vocabulary, WeightsSpec
 from attendant.v1 import generation_pb2 as pb
 from service.errors import ContextLengthExceeded, InvalidField, Unsupported
 from service.rpc.sampling_fields import read_sampling
@@ -45,6 +45,7 @@ class Options:
     logprobs: bool
     top_logprobs: int
     echo: bool
+    alignment: bool
     priority: int
     beam: Beam | None
 
@@ -124,6 +125,8 @@ def read_options(message: pb.GenerateRequest, manifest: Manifest) -> Options:
         raise InvalidField("output.top_logprobs", output.top_logprobs, f"the model has {vocabulary.size} tokens")
     if output.top_logprobs and not output.logprobs:
         raise InvalidField("output.top_logprobs", output.top_logprobs, "needs output.logprobs")
+    if output.alignment and not any(spec.rows is Places.WRITTEN for spec in _weights(manifest)):
+        raise Unsupported(f"output.alignment: model {manifest.key} has no explain graph with attention to a source")
     if not -100 <= message.priority <= 100:
         raise InvalidField("priority", message.priority, "must be in [-100, 100]")
     if message.request_id and not _REQUEST_ID.fullmatch(message.request_id):
@@ -142,6 +145,7 @@ def read_options(message: pb.GenerateRequest, manifest: Manifest) -> Options:
         logprobs=output.logprobs or beam is not None,
         top_logprobs=output.top_logprobs if beam is None else min(2 * beam.width, vocabulary.size),
         echo=output.echo,
+        alignment=output.alignment,
         priority=message.priority,
         beam=beam,
     )
@@ -323,6 +327,10 @@ def to_request(
         arrival=arrival,
         deadline=deadline,
     )
+
+
+def _weights(manifest: Manifest) -> tuple[WeightsSpec, ...]:
+    return () if manifest.explain is None else manifest.explain.weights
 
 
 def _refuse_unbuilt(message: pb.GenerateRequest) -> None:

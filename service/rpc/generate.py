@@ -10,6 +10,7 @@ from attendant.v1 import generation_pb2 as pb
 from service.engine_loop import EngineLoop, TokenStream
 from service.errors import AttendantError, InvalidField, TextTooLong
 from service.metrics import ServerMetrics
+from service.rpc.alignment import Alignment
 from service.rpc.answer import Answer, wire_reason
 from service.rpc.catalog import ModelCatalog, ServedModel
 from service.rpc.convert import (
@@ -58,15 +59,22 @@ class Generating:
     Args:
         catalog: the models.
         workers: threads for text and images.
+        explainers: threads for explain graphs.
         metrics: where calls that reach no model are counted too.
         max_prompt_bytes: of text in one prompt or conversation.
     """
 
     def __init__(
-        self, catalog: ModelCatalog, workers: TextWorkers, metrics: ServerMetrics, max_prompt_bytes: int
+        self,
+        catalog: ModelCatalog,
+        workers: TextWorkers,
+        explainers: TextWorkers,
+        metrics: ServerMetrics,
+        max_prompt_bytes: int,
     ) -> None:
         self._catalog = catalog
         self._workers = workers
+        self._explainers = explainers
         self._metrics = metrics
         self._max_prompt_bytes = max_prompt_bytes
         self._numbers = itertools.count(1)
@@ -126,6 +134,10 @@ class Generating:
             seed=request.sampling.seed,
             model=accepted.model.key,
         )
+        alignment = None
+        if accepted.options.alignment:
+            alignment = Alignment(accepted.model, request, self._explainers)
+            started.source_labels.extend(alignment.labels)
         await context.write(pb.GenerateResponse(started=started))
         if accepted.prompt_text:
             await context.write(pb.GenerateResponse(delta=pb.Delta(text=accepted.prompt_text)))
@@ -135,6 +147,8 @@ class Generating:
                 await self._write_found(accepted, item.finish, context)
                 return
             delta = answer.delta(item)
+            if alignment is not None:
+                delta.delta.alignment.extend(await alignment.of_next(delta.delta.token_ids))
             if answer.finish_reason is None:
                 await context.write(delta)
                 continue

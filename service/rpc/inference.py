@@ -46,7 +46,7 @@ class InferenceService(EncodingMethods):
     ) -> None:
         super().__init__(catalog, workers, metrics, max_prompt_bytes)
         self._explaining = Explaining(catalog, workers, explainers, metrics, max_prompt_bytes)
-        self._generating = Generating(catalog, workers, metrics, max_prompt_bytes)
+        self._generating = Generating(catalog, workers, explainers, metrics, max_prompt_bytes)
 
     def ended(self, method: str, request: Message | None, code: grpc.StatusCode) -> None:
         """Count a call."""

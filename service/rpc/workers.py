@@ -25,13 +25,17 @@ class TextWorkers:
         self._limit = threads + max_waiting
         self._pending = 0
 
-    async def run(self, job: Callable[[], T]) -> T:
+    async def run(self, job: Callable[[], T], *, accepted: bool = False) -> T:
         """Run a job in a thread and return what it returns.
+
+        Args:
+            job: the job.
+            accepted: it belongs to a request that runs already, and waits however many others do.
 
         Raises:
             QueueFull: too many jobs wait.
         """
-        if self._pending >= self._limit:
+        if self._pending >= self._limit and not accepted:
             raise QueueFull(
                 f"{self._pending} {self._what} wait for a thread, the limit is {self._limit}",
                 0.1,

@@ -166,7 +166,10 @@ def test_json_is_one_event_a_line(run, script, make_answer):
     script.generate = lambda request, context: iter(make_answer("a\n", logprobs=True))
     done = run("generate", "hi", "--json", "--logprobs")
     started, delta, finished = map(json.loads, done.stdout.splitlines())
-    assert started == {"event": "started", "request_id": "r1", "model": "tiny/1", "prompt_tokens": 3, "seed": 2**64 - 1}
+    assert started == {
+        "event": "started", "request_id": "r1", "model": "tiny/1", "prompt_tokens": 3, "seed": 2**64 - 1,
+        "source_labels": [],
+    }  # fmt: skip
     assert (delta["event"], delta["text"], delta["logprobs"][0]["top"]) == (
         "delta", "a\n", [{"token_id": 9, "logprob": -1.0}],
     )  # fmt: skip

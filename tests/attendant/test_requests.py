@@ -26,6 +26,7 @@ OPTIONS: GenerateOptions = {
     "logprobs": True,
     "top_logprobs": 2,
     "echo": False,
+    "alignment": True,
     "priority": 0,
     "latency_budget": 1.5,
     "request_id": "mine",

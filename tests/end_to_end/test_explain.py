@@ -10,7 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from attendant import AsyncClient, Client
+from attendant import AsyncClient, Client, Delta
 from attendant.cli import main
 from attendant.v1 import explain_pb2 as pb
 from attendant.v1 import generation_pb2
@@ -200,6 +200,34 @@ def test_without_a_target_a_model_explains_its_own_greedy_answer(about_sources, 
     assert found.target_ids == answer.token_ids
     again = about_sources.explain("source", model=model, target_ids=answer.token_ids)
     assert again == found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["translator", "aligner"])
+def test_an_answer_brings_the_alignment_of_each_token(about_sources, model):
+    stream = about_sources.generate("source", model=model, alignment=True, max_tokens=9, seed=3)
+    deltas = [event for event in stream.events() if isinstance(event, Delta)]
+    answer = stream.result()
+    assert answer.started.source_labels == tuple("source")
+    assert all(len(delta.alignment) == len(delta.token_ids) for delta in deltas)
+    told = about_sources.explain("source", target_ids=answer.token_ids, model=model)
+    shown = [head.weights for layer in told.layers if layer.rows == tuple(_labels(told)) for head in layer.heads]
+    expected = np.mean(shown, axis=0)
+    assert expected.shape == (len(answer.token_ids), 6)
+    assert np.abs(np.array(answer.alignment) - expected).max() <= 1e-5
+    plain = about_sources.generate("source", model=model, max_tokens=9, seed=3).result()
+    assert (plain.token_ids, plain.alignment) == (answer.token_ids, ())
+
+
+def _labels(told):
+    """What was written, as the layers name it that look at the source."""
+    return next(layer.rows for layer in told.layers if layer.columns == tuple("source") != layer.rows)
+
+
+def test_alignment_needs_a_model_that_looks_at_a_source(explaining, refusal_of):
+    output = generation_pb2.OutputOptions(alignment=True)
+    refusal = refusal_of(lambda: list(explaining.generate("writer", prompt="a", output=output)))
+    assert (refusal.code.name, refusal.reason) == ("UNIMPLEMENTED", "UNSUPPORTED")
 
 
 @pytest.mark.slow
