@@ -10,8 +10,6 @@ from attendant._errors import ServerError
 from attendant._types import (
     Check,
     Delta,
-    Embedding,
-    Embeddings,
     Event,
     Finished,
     FinishReason,
@@ -19,7 +17,6 @@ from attendant._types import (
     Message,
     Model,
     ModelState,
-    Pooling,
     Started,
     Timings,
     TokenLogprob,
@@ -28,7 +25,6 @@ from attendant._types import (
     Turn,
     Usage,
 )
-from attendant.v1 import embedding_pb2 as embedding_pb
 from attendant.v1 import generation_pb2 as pb
 from attendant.v1 import inference_service_pb2 as inference_pb
 from attendant.v1 import model_service_pb2 as model_pb
@@ -105,20 +101,20 @@ def generate_request(
         raise ValueError("give exactly one of prompt, messages, token_ids and image, or encoder_text alone")
     request = pb.GenerateRequest(model=model)
     if image is not None:
-        _set(request, "image", image)
+        set_field(request, "image", image)
     if prompt is not None:
-        _set(request, "prompt", prompt)
+        set_field(request, "prompt", prompt)
     if messages is not None:
         request.messages.CopyFrom(chat_messages(messages))
     if token_ids is not None:
         request.token_ids.SetInParent()
-        _set(request.token_ids, "ids", token_ids, "token_ids")
+        set_field(request.token_ids, "ids", token_ids, "token_ids")
     for name, value in cast(Mapping[str, Any], options).items():
         if name not in _PLACES:
             raise TypeError(f"unknown option {name!r}; known: {', '.join(_PLACES)}")
         if value is not None:
             where, field = _PLACES[name]
-            _set(getattr(request, where) if where else request, field, _wire_value(name, value), name)
+            set_field(getattr(request, where) if where else request, field, _wire_value(name, value), name)
     return request
 
 
@@ -136,47 +132,6 @@ def chat_messages(messages: Iterable[Turn]) -> pb.ChatMessages:
     return result
 
 
-def embed_request(
-    model: str,
-    inputs: str | Iterable[str | Sequence[int]],
-    *,
-    pooling: Pooling | None,
-    normalize: bool | None,
-    dimensions: int | None,
-    truncate: bool,
-) -> embedding_pb.EmbedRequest:
-    """Return the request; a single text stands for a list of one.
-
-    Raises:
-        TypeError: an input is neither text nor token ids.
-        ValueError: pooling is none of the four, or a value does not fit its field.
-    """
-    request = embedding_pb.EmbedRequest(model=model, normalize=normalize, dimensions=dimensions, truncate=truncate)
-    if pooling is not None:
-        _set(request, "pooling", f"POOLING_{pooling.upper()}", "pooling")
-    for index, item in enumerate([inputs] if isinstance(inputs, str) else inputs):
-        wire = request.inputs.add()
-        if isinstance(item, str):
-            _set(wire, "text", item, f"inputs[{index}]")
-        else:
-            wire.token_ids.SetInParent()
-            _set(wire.token_ids, "ids", item, f"inputs[{index}]")
-    return request
-
-
-def embeddings(response: embedding_pb.EmbedResponse) -> Embeddings:
-    """Return the answer to an EmbedRequest."""
-    return Embeddings(
-        embeddings=tuple(
-            Embedding(values=tuple(each.values), tokens=each.tokens, truncated=each.truncated)
-            for each in response.embeddings
-        ),
-        model=response.model,
-        usage=_usage(response.usage),
-        timings=_timings(response.timings),
-    )
-
-
 def tokenize_request(
     model: str, text: str | None, messages: Iterable[Turn] | None, add_special_tokens: bool | None
 ) -> inference_pb.TokenizeRequest:
@@ -185,7 +140,7 @@ def tokenize_request(
         raise ValueError("give exactly one of text and messages")
     request = inference_pb.TokenizeRequest(model=model, add_special_tokens=add_special_tokens)
     if text is not None:
-        _set(request, "text", text)
+        set_field(request, "text", text)
     if messages is not None:
         request.messages.CopyFrom(chat_messages(messages))
     return request
@@ -196,7 +151,7 @@ def detokenize_request(
 ) -> inference_pb.DetokenizeRequest:
     """Return the request."""
     request = inference_pb.DetokenizeRequest(model=model, skip_special_tokens=skip_special_tokens)
-    _set(request, "token_ids", token_ids)
+    set_field(request, "token_ids", token_ids)
     return request
 
 
@@ -294,15 +249,16 @@ def _logprob(logprob: pb.TokenLogprob) -> TokenLogprob:
 def _finished(finished: pb.Finished) -> Finished:
     return Finished(
         finish_reason=cast(FinishReason, _enum_name(pb.FinishReason.Name, finished.finish_reason, "FINISH_REASON_")),
-        usage=_usage(finished.usage),
-        timings=_timings(finished.timings),
+        usage=usage_of(finished.usage),
+        timings=timings_of(finished.timings),
         index=finished.index,
         score=finished.score if finished.HasField("score") else None,
         log_likelihood=finished.log_likelihood if finished.HasField("log_likelihood") else None,
     )
 
 
-def _usage(usage: pb.Usage) -> Usage:
+def usage_of(usage: pb.Usage) -> Usage:
+    """Return token counts."""
     return Usage(
         prompt_tokens=usage.prompt_tokens,
         cached_tokens=usage.cached_tokens,
@@ -310,7 +266,8 @@ def _usage(usage: pb.Usage) -> Usage:
     )
 
 
-def _timings(timings: pb.Timings) -> Timings:
+def timings_of(timings: pb.Timings) -> Timings:
+    """Return where the time went."""
     return Timings(
         queue_seconds=_seconds(timings.queue),
         tokenise_seconds=_seconds(timings.tokenise),
@@ -344,7 +301,7 @@ def model(message: model_pb.Model) -> Model:
     )
 
 
-def _set(message: Any, field: str, value: Any, name: str | None = None) -> None:
+def set_field(message: Any, field: str, value: Any, name: str | None = None) -> None:
     """Set a field, so that an error names the argument and not only what was wrong with its value."""
     try:
         current = getattr(message, field)

@@ -36,7 +36,18 @@ _SWITCHES: Final[dict[str, str]] = {
 
 
 def parser(
-    *, generate: Run, chat: Run, embed: Run, explain: Run, models: Run, tokenize: Run, latency: Run
+    *,
+    generate: Run,
+    chat: Run,
+    embed: Run,
+    classify: Run,
+    tag: Run,
+    fill: Run,
+    rerank: Run,
+    explain: Run,
+    models: Run,
+    tokenize: Run,
+    latency: Run,
 ) -> argparse.ArgumentParser:
     """Return the parser; each command's namespace carries the function that runs it as `run`."""
     root = argparse.ArgumentParser(
@@ -67,6 +78,28 @@ def parser(
     command.add_argument("--dimensions", type=int, metavar="N", help="keep so many leading components")
     command.add_argument("--truncate", action="store_true", help="cut texts that are too long, instead of failing")
 
+    command = _command(commands, "classify", classify, "say which classes texts or images belong to")
+    command.add_argument("texts", nargs="*", help="the texts; the lines of standard input if there are none")
+    command.add_argument("--image", action="append", metavar="FILE", help="a PNG or JPEG file (repeatable)")
+    command.add_argument("--pair", metavar="TEXT", help="the second text of a pair, the same for all texts")
+    command.add_argument("--resize", action="store_true", help="bring images to the model's size, instead of failing")
+    command.add_argument("--top-k", type=int, metavar="K", help="show so many classes (default: all)")
+    _add_encoding(command)
+
+    command = _command(commands, "tag", tag, "label every token of a text")
+    command.add_argument("text", nargs="?", help="the text; read from standard input if absent or -")
+    _add_encoding(command)
+
+    command = _command(commands, "fill", fill, "say what might stand in the gaps of a text")
+    command.add_argument("text", nargs="?", help="text with the model's mask token; standard input if absent or -")
+    command.add_argument("--top-k", type=int, metavar="K", help="show so many tokens for each gap (default: 5)")
+    _add_encoding(command)
+
+    command = _command(commands, "rerank", rerank, "put texts in order of relevance to a query")
+    command.add_argument("query", help="what is asked")
+    command.add_argument("texts", nargs="*", help="the texts; the lines of standard input if there are none")
+    _add_encoding(command)
+
     _add_explain(_command(commands, "explain", explain, "show where a model looks"))
 
     command = _command(commands, "models", models, "list the models of the server")
@@ -87,6 +120,12 @@ def parser(
     )
     _add_model(command)
     return root
+
+
+def _add_encoding(command: argparse.ArgumentParser) -> None:
+    _add_model(command)
+    command.add_argument("--truncate", action="store_true", help="cut texts that are too long, instead of failing")
+    command.add_argument("--json", action="store_true", help="one JSON object a line")
 
 
 def _add_explain(command: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""The command `attendant`: generate, chat, embed, explain, models, tokenize, latency.
+"""The command `attendant`: generate, chat, embed, classify, tag, fill, rerank, explain, models, tokenize, latency.
 
 Text appears as it is generated. Ctrl-C cancels the request on the server; in a conversation it only ends the
 answer.
@@ -17,6 +17,7 @@ from pathlib import Path
 from time import perf_counter
 
 from attendant import _options
+from attendant._encoding_types import Classifiable, Classifications, FilledTexts, Taggings
 from attendant._errors import AttendantError, InvalidRequest, Unavailable
 from attendant._latency import latency_table
 from attendant._sheet import sheet_of
@@ -37,7 +38,17 @@ class UsageError(Exception):
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     args = _options.parser(
-        generate=generate, chat=chat, embed=embed, explain=explain, models=models, tokenize=tokenize, latency=latency
+        generate=generate,
+        chat=chat,
+        embed=embed,
+        classify=classify,
+        tag=tag,
+        fill=fill,
+        rerank=rerank,
+        explain=explain,
+        models=models,
+        tokenize=tokenize,
+        latency=latency,
     ).parse_args(arguments)
     try:
         status: int = args.run(args)
@@ -125,6 +136,84 @@ def embed(args: argparse.Namespace) -> int:
             )
             for vector in vectors:
                 print(json.dumps([float(f"{value:.7g}") for value in vector]))
+    return 0
+
+
+def classify(args: argparse.Namespace) -> int:
+    """Show the classes of texts or images."""
+    inputs: list[Classifiable] = [_file(name) for name in args.image or ()]
+    names = list(args.image or ())
+    if not inputs:
+        names = args.texts or _text(None, "texts").splitlines()
+        inputs = [name if args.pair is None else (name, args.pair) for name in names]
+    with Client(args.server) as client:
+        found = client.classify(
+            inputs,
+            model=_model(client, args, task="classify"),
+            top_k=args.top_k,
+            truncate=args.truncate,
+            resize=args.resize,
+            timeout=args.timeout,
+        )
+    if args.json:
+        _print_json(found)
+        return 0
+    rows = [
+        (visible(name), each.label, f"{each.probability:.4f}")
+        for name, classification in zip(names, found, strict=True)
+        for each in classification.classes
+    ]
+    print(table(("INPUT", "CLASS", "PROBABILITY"), rows, right=("PROBABILITY",)))
+    return 0
+
+
+def tag(args: argparse.Namespace) -> int:
+    """Show the label of every token of a text."""
+    with Client(args.server) as client:
+        model = _model(client, args, task="tag")
+        found = client.tag(_text(args.text, "a text"), model=model, truncate=args.truncate, timeout=args.timeout)
+    if args.json:
+        _print_json(found)
+        return 0
+    tokens = found.taggings[0].tokens
+    rows = [(visible(each.token), each.label, f"{each.probability:.4f}", f"{each.start}-{each.end}") for each in tokens]
+    print(table(("TOKEN", "LABEL", "PROBABILITY", "CHARACTERS"), rows, right=("PROBABILITY",)))
+    return 0
+
+
+def fill(args: argparse.Namespace) -> int:
+    """Show what might stand in the gaps of a text."""
+    with Client(args.server) as client:
+        found = client.fill_mask(
+            _text(args.text, "a text"),
+            model=_model(client, args, task="fill_mask"),
+            top_k=args.top_k,
+            truncate=args.truncate,
+            timeout=args.timeout,
+        )
+    if args.json:
+        _print_json(found)
+        return 0
+    rows = [
+        (str(mask.position), visible(each.token), f"{each.probability:.4f}")
+        for mask in found.texts[0].masks
+        for each in mask.candidates
+    ]
+    print(table(("POSITION", "TOKEN", "PROBABILITY"), rows, right=("POSITION", "PROBABILITY")))
+    return 0
+
+
+def rerank(args: argparse.Namespace) -> int:
+    """Show texts in order of relevance to a query."""
+    texts = args.texts or _text(None, "texts").splitlines()
+    with Client(args.server) as client:
+        model = _model(client, args, task="score")
+        found = client.rerank(args.query, texts, model=model, truncate=args.truncate, timeout=args.timeout)
+    if args.json:
+        print(json.dumps(asdict(found)))
+        return 0
+    rows = [(f"{found.scores[index].score:.4f}", visible(texts[index])) for index in found.order]
+    print(table(("SCORE", "TEXT"), rows, right=("SCORE",)))
     return 0
 
 
@@ -246,6 +335,11 @@ def _stats(started: Started, finished: Finished, first: float) -> str:
         f"prefill {duration(timings.prefill_seconds)}, decode {duration(timings.decode_seconds)}, "
         f"total {duration(timings.total_seconds)}"
     )
+
+
+def _print_json(found: Classifications | Taggings | FilledTexts) -> None:
+    for each in found:
+        print(json.dumps(asdict(each), ensure_ascii=False))
 
 
 def _text(given: str | None, what: str) -> str:

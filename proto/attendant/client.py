@@ -14,7 +14,9 @@ from typing import Any, Unpack
 
 import grpc
 
-from attendant import _messages
+from attendant import _encoding, _messages
+from attendant._encoding import ClassifyOptions, EmbedOptions, FillMaskOptions, Texts
+from attendant._encoding_types import Classifiable, Classifications, FilledTexts, Ranking, Taggings
 from attendant._errors import from_rpc_error
 from attendant._explaining import ExplainOptions, ExplanationParts, explain_request
 from attendant._messages import GenerateOptions
@@ -26,7 +28,6 @@ from attendant._types import (
     Finished,
     Generation,
     Model,
-    Pooling,
     Started,
     Tokens,
     Turn,
@@ -193,31 +194,42 @@ class Client:
         return self.generate(model=model, messages=messages, timeout=timeout, **options)
 
     def embed(
+        self, inputs: Texts, *, model: str, timeout: float | None = None, **options: Unpack[EmbedOptions]
+    ) -> Embeddings:
+        """Turn a text, or up to 256 texts or sequences of token ids, into vectors."""
+        request = _encoding.embed_request(model, inputs, options)
+        return _encoding.embeddings(_unary(self._inference.Embed, request, timeout))
+
+    def classify(
         self,
-        inputs: str | Iterable[str | Sequence[int]],
+        inputs: Classifiable | Iterable[Classifiable],
         *,
         model: str,
-        pooling: Pooling | None = None,
-        normalize: bool | None = None,
-        dimensions: int | None = None,
-        truncate: bool = False,
         timeout: float | None = None,
-    ) -> Embeddings:
-        """Turn texts, or token ids, into vectors; what is None is left to the model.
+        **options: Unpack[ClassifyOptions],
+    ) -> Classifications:
+        """Say which classes texts, pairs of texts, token ids or images belong to, up to 256 of them."""
+        request = _encoding.classify_request(model, inputs, options)
+        return _encoding.classifications(_unary(self._inference.Classify, request, timeout))
 
-        Args:
-            inputs: one text, or up to 256 texts or sequences of token ids.
-            model: "name" (its newest version) or "name/version".
-            pooling: how the vectors of a text's tokens become one: "mean", "cls", "max" or "last".
-            normalize: scale every vector to unit length.
-            dimensions: keep so many leading components.
-            truncate: cut texts that are longer than the model takes, instead of failing.
-            timeout: in seconds.
-        """
-        request = _messages.embed_request(
-            model, inputs, pooling=pooling, normalize=normalize, dimensions=dimensions, truncate=truncate
-        )
-        return _messages.embeddings(_unary(self._inference.Embed, request, timeout))
+    def tag(self, inputs: Texts, *, model: str, truncate: bool = False, timeout: float | None = None) -> Taggings:
+        """Label every token of a text, or of up to 256 texts or sequences of token ids."""
+        request = _encoding.tag_request(model, inputs, truncate)
+        return _encoding.taggings(_unary(self._inference.TagTokens, request, timeout))
+
+    def fill_mask(
+        self, inputs: Texts, *, model: str, timeout: float | None = None, **options: Unpack[FillMaskOptions]
+    ) -> FilledTexts:
+        """Say what might stand in the gaps of a text, or of up to 256: where the model's mask token stands."""
+        request = _encoding.fill_mask_request(model, inputs, options)
+        return _encoding.filled_texts(_unary(self._inference.FillMask, request, timeout))
+
+    def rerank(
+        self, query: str, texts: Iterable[str], *, model: str, truncate: bool = False, timeout: float | None = None
+    ) -> Ranking:
+        """Say how relevant up to 256 texts are to a query, and put them in order."""
+        request = _encoding.rerank_request(model, query, texts, truncate)
+        return _encoding.ranking(_unary(self._inference.Score, request, timeout))
 
     def explain(
         self, text: str | None = None, *, model: str, timeout: float | None = None, **options: Unpack[ExplainOptions]
