@@ -151,6 +151,8 @@ def _write(directory: Path, traced: _Traced, shown: Shown, shared: dict[int, _Pl
     # Unoptimised, so that tensors keep their form: folded transposes would be found in no file.
     model = trace(traced, example, (axes,), inputs=inputs, outputs=names, optimize=False).model
     RemoveUnusedNodesPass()(model)
+    for node in model.graph.all_nodes():  # the exporter notes down whole stack traces
+        node.metadata_props.clear()
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         place = shared.get(tensor.raw.data_ptr()) if isinstance(tensor.raw, Tensor) else None
