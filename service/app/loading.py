@@ -58,7 +58,8 @@ def load(
     if manifest.target != provider:
         raise BundleRefused(f"it was made for {manifest.target}, this server runs on {provider}")
     task = _served_task(bundle)
-    model_metrics = metrics.model(manifest.key, manifest.limits.max_model_len, task)
+    longest = manifest.limits.max_model_len + (manifest.limits.max_source_len or 0)
+    model_metrics = metrics.model(manifest.key, longest, task)
     loop: EngineLoop | EncodeLoop
     if task == "generate":
         loop = EngineLoop.load(bundle, options, model_metrics)

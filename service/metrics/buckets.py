@@ -35,11 +35,11 @@ class SeqBuckets:
 
     Args:
         bounds: upper bounds in tokens, inclusive, rising; what is longer falls into "+Inf".
-        max_model_len: longest sequence of the model; bounds it cannot exceed are dropped.
+        longest: longest sequence of the model; bounds it cannot exceed are dropped.
     """
 
-    def __init__(self, bounds: Sequence[int], max_model_len: int) -> None:
-        self._bounds = tuple(bound for bound in bounds if bound < max_model_len)
+    def __init__(self, bounds: Sequence[int], longest: int) -> None:
+        self._bounds = tuple(bound for bound in bounds if bound < longest)
         self.labels = (*(str(bound) for bound in self._bounds), "+Inf")
 
     def index(self, num_tokens: int) -> int:

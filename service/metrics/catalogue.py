@@ -130,15 +130,15 @@ class ServerMetrics:
     def _gauge(self, name: str, text: str, labels: Sequence[str] = ()) -> Gauge:
         return Gauge(f"attendant_{name}", text, ("model", *labels), registry=self.registry)
 
-    def model(self, model: str, max_model_len: int, task: Task = "generate") -> ModelMetrics:
+    def model(self, model: str, longest: int, task: Task = "generate") -> ModelMetrics:
         """Return the metrics of one model.
 
         Args:
             model: "name/version".
-            max_model_len: its longest sequence, in tokens.
+            longest: its longest sequence, in tokens, that of its source included.
             task: what it is asked for.
         """
-        return ModelMetrics(self, model, buckets.SeqBuckets(self._seq_buckets, max_model_len), task)
+        return ModelMetrics(self, model, buckets.SeqBuckets(self._seq_buckets, longest), task)
 
     def refused_model(self, model: str) -> None:
         """Say that a bundle of the repository is not served."""

@@ -43,7 +43,7 @@ def endpoint(metrics: ServerMetrics) -> Iterator[MetricsEndpoint]:
 
 
 def test_a_scrape_over_http_shows_what_happened(metrics: ServerMetrics, endpoint: MetricsEndpoint) -> None:
-    model = metrics.model(MODEL, max_model_len=8192)
+    model = metrics.model(MODEL, longest=8192)
     model.loaded(1.5, sha256="ab" * 32, family="decoder", precision="int8", target="cpu")
     model.queued(300, 0.02)
     model.prefilled(300, 0.2, cached_tokens=100)
@@ -98,7 +98,7 @@ def test_objectives_are_exact_bounds_and_times_at_most_double(metrics: ServerMet
 def test_every_series_of_a_model_exists_before_anything_happens(
     metrics: ServerMetrics, endpoint: MetricsEndpoint
 ) -> None:
-    metrics.model(MODEL, max_model_len=8192)
+    metrics.model(MODEL, longest=8192)
     families = scrape(endpoint)
     for end in ENDS["generate"]:
         assert value(families, "attendant_requests_finished", "attendant_requests_finished_total", reason=end) == 0
@@ -109,12 +109,12 @@ def test_every_series_of_a_model_exists_before_anything_happens(
 
 
 def test_lengths_that_a_model_cannot_have_get_no_bucket(metrics: ServerMetrics) -> None:
-    assert buckets.SeqBuckets((64, 128, 256), max_model_len=256).labels == ("64", "128", "+Inf")
-    assert buckets.SeqBuckets((64, 128, 256), max_model_len=257).labels == ("64", "128", "256", "+Inf")
+    assert buckets.SeqBuckets((64, 128, 256), longest=256).labels == ("64", "128", "+Inf")
+    assert buckets.SeqBuckets((64, 128, 256), longest=257).labels == ("64", "128", "256", "+Inf")
 
 
 def test_the_number_of_series_does_not_depend_on_traffic(metrics: ServerMetrics, endpoint: MetricsEndpoint) -> None:
-    model = metrics.model(MODEL, max_model_len=1_000_000)
+    model = metrics.model(MODEL, longest=1_000_000)
     model.loaded(1.0, sha256="00" * 32, family="decoder", precision="fp32", target="cpu")
 
     def num_series() -> int:
@@ -139,7 +139,7 @@ def test_the_number_of_series_does_not_depend_on_traffic(metrics: ServerMetrics,
 
 
 def test_no_series_says_when_it_was_created(metrics: ServerMetrics, endpoint: MetricsEndpoint) -> None:
-    metrics.model(MODEL, max_model_len=8192)
+    metrics.model(MODEL, longest=8192)
     samples = [s.name for family in scrape(endpoint).values() for s in family.samples]
     assert not [name for name in samples if name.endswith("_created")]
 
