@@ -79,6 +79,9 @@ $(eval $(call trained,dates-luong,dates-luong))
 $(eval $(call trained,lm-window,lm-window))
 $(eval $(call trained,lm-performer,lm-performer))
 $(eval $(call trained,caption-digits,caption))
+$(eval $(call trained,vit-digits,digits))
+$(eval $(call trained,hard-digits,digits-hard))
+$(eval $(call trained,mlm,mlm))
 
 bundles: $(patsubst %,$(BUNDLES)/%/1/manifest.json,$(DEMO_BUNDLES) $(TRAINED_BUNDLES)) ## export what is served
 

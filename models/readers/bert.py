@@ -1,7 +1,7 @@
 """Reader of Hugging Face directories of the BERT family, and of what sentence-transformers adds to say how to embed.
 
-`huggingface` finds and loads the files; this file translates the configuration and renames the weights. The pooler and
-the heads that BERT was pretrained with are left out, unless the directory is that of a masked language model.
+`huggingface` finds and loads the files; this file translates the configuration and renames the weights. What
+`architectures` names decides: a masked language model, a classifier, a tagger, or else the encoder alone.
 """
 
 import re
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import EmbeddingInfo
+from models.classifier import Classifier, ClassifierConfig, Tagger
 from models.encoder import Encoder, EncoderConfig, StackConfig
 from models.masked_lm import MaskedLanguageModel
+from models.model import Model
 from models.readers.errors import ReadError
 from models.readers.json_file import read_json
 
@@ -31,6 +33,7 @@ _EMBEDDINGS = {
     "position_embeddings": "position_embedding",
     "token_type_embeddings": "segment_embedding",
     "LayerNorm": "embedding_norm",
+    "projection": "embedding_projection",
 }
 _LAYER = {
     "attention.self.query": "attention.query",
@@ -42,6 +45,8 @@ _LAYER = {
     "output.dense": "feed_forward.down",
     "output.LayerNorm": "feed_forward_norm",
 }
+_POOLER = {"pooler.dense.weight": "pooler.weight", "pooler.dense.bias": "pooler.bias"}
+_CLASSES = {"classifier.weight": "head.weight", "classifier.bias": "head.bias"}
 _HEAD = {
     "cls.predictions.transform.dense.weight": "head.dense.weight",
     "cls.predictions.transform.dense.bias": "head.dense.bias",
@@ -49,10 +54,9 @@ _HEAD = {
     "cls.predictions.transform.LayerNorm.bias": "head.norm.bias",
     "cls.predictions.bias": "head.output.bias",
 }
-# The pooler, next-sentence prediction, a table of 0, 1, 2, ... and copies of tied tensors: nothing that is served.
-_UNUSED = re.compile(
-    r"pooler\.|cls\.seq_relationship\.|embeddings\.position_ids$|cls\.predictions\.decoder\.(weight|bias)$"
-)
+_HEADS = {*_HEAD, *_POOLER, *_CLASSES}
+# Next-sentence prediction, a table of 0, 1, 2, ... and copies of tied tensors: nothing that is served.
+_UNUSED = re.compile(r"cls\.seq_relationship\.|embeddings\.position_ids$|cls\.predictions\.decoder\.(weight|bias)$")
 _POOLINGS = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
@@ -61,8 +65,8 @@ _POOLINGS = {
 }
 
 
-def build(directory: Path, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Encoder | MaskedLanguageModel:
-    """Return the encoder, or the masked language model if `architectures` names one, in evaluation mode.
+def build(directory: Path, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Model:
+    """Return what `architectures` names, or else the encoder, in evaluation mode.
 
     Args:
         directory: where sentence-transformers may have left its own limit of length.
@@ -78,11 +82,48 @@ def build(directory: Path, document: Mapping[str, Any], tensors: Mapping[str, Te
         if document.get(name) not in values:
             raise ReadError(f"{name} is {document[name]!r}, which is not supported")
     config = _config(document, _max_source_len(directory, document))
-    weights = _rename(tensors, config.max_source_len)
-    if "BertForMaskedLM" not in document.get("architectures", ()):
-        return Encoder.from_weights(config, {k: w for k, w in weights.items() if not k.startswith("head.")})
-    model = {k if k.startswith("head.") else f"encoder.{k}": w for k, w in weights.items()}
-    return MaskedLanguageModel.from_weights(config, model)
+    own, head = _rename(tensors, config.max_source_len)
+    weights = {f"encoder.{name}": tensor for name, tensor in own.items()}
+    match _architecture(document):
+        case "BertForMaskedLM":
+            return MaskedLanguageModel.from_weights(config, weights | _renamed(head, _HEAD))
+        case "BertForSequenceClassification":
+            return Classifier.from_weights(
+                _classes(config, document, head), weights | _renamed(head, _POOLER | _CLASSES)
+            )
+        case "BertForTokenClassification":
+            return Tagger.from_weights(_classes(config, document, head), weights | _renamed(head, _CLASSES))
+        case _:
+            return Encoder.from_weights(config, own)
+
+
+def read_labels(document: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return the names of the classes in their order; None where there are none to name."""
+    names = document.get("id2label")
+    if names is None or not str(_architecture(document)).endswith(
+        ("ForSequenceClassification", "ForTokenClassification")
+    ):
+        return None
+    return tuple(str(name) for _, name in sorted(names.items(), key=lambda pair: int(pair[0])))
+
+
+def _architecture(document: Mapping[str, Any]) -> str | None:
+    return next(iter(document.get("architectures") or ()), None)
+
+
+def _classes(config: EncoderConfig, document: Mapping[str, Any], head: Mapping[str, Tensor]) -> ClassifierConfig:
+    """Return the configuration of a classifier: as many classes as it has weights for."""
+    if "classifier.weight" not in head:
+        raise ReadError("classifier.weight is missing: the directory holds no trained classifier")
+    return ClassifierConfig(
+        encoder=config,
+        num_classes=len(head["classifier.weight"]),
+        multi_label=document.get("problem_type") == "multi_label_classification",
+    )
+
+
+def _renamed(head: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    return {names[name]: tensor for name, tensor in head.items() if name in names}
 
 
 def read_embedding(directory: Path) -> EmbeddingInfo | None:
@@ -120,6 +161,7 @@ def _config(document: Mapping[str, Any], max_source_len: int) -> EncoderConfig:
         positions="learned",
         num_segments=document.get("type_vocab_size", 2),
         embedding_norm=True,
+        d_embedding=document.get("embedding_size"),
         stack=StackConfig(
             d_model=document["hidden_size"],
             num_layers=document["num_hidden_layers"],
@@ -130,6 +172,7 @@ def _config(document: Mapping[str, Any], max_source_len: int) -> EncoderConfig:
             norm_first=False,
             activation=_ACTIVATIONS[activation],
             bias=True,
+            share_layers=document.get("share_layers", False),
         ),
     )
 
@@ -142,16 +185,20 @@ def _max_source_len(directory: Path, document: Mapping[str, Any]) -> int:
     return limit if advised is None else min(limit, advised)
 
 
-def _rename(tensors: Mapping[str, Tensor], max_source_len: int) -> dict[str, Tensor]:
-    """Rename tensors to ours, as float32; unknown names stay, to be refused by name."""
+def _rename(tensors: Mapping[str, Tensor], max_source_len: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the encoder's tensors under our names, and those of heads under their own, all as float32.
+
+    Unknown names stay with the encoder, to be refused by name.
+    """
     weights: dict[str, Tensor] = {}
+    head: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if _UNUSED.search(name):
-            continue
         short = name.removeprefix("bert.")
+        if _UNUSED.search(short):
+            continue
         values = tensor.to(torch.float32)
-        if short in _HEAD:
-            weights[_HEAD[short]] = values
+        if short in _HEADS:
+            head[short] = values
         elif (match := re.fullmatch(r"embeddings\.(\w+)\.(weight|bias)", short)) and match[1] in _EMBEDDINGS:
             if match[1] == "position_embeddings":
                 values = values[:max_source_len].clone()
@@ -160,4 +207,4 @@ def _rename(tensors: Mapping[str, Tensor], max_source_len: int) -> dict[str, Ten
             weights[f"stack.layers.{match[1]}.{_LAYER[match[2]]}.{match[3]}"] = values
         else:
             weights[name] = tensor
-    return weights
+    return weights, head

@@ -1,6 +1,6 @@
 """Reader of Hugging Face directories: safetensors (sharded too), config.json, tokenizer.json.
 
-Llama, Mistral and Qwen2 (one architecture under three names), GPT-2, and the BERT family (`bert`).
+Llama, Mistral and Qwen2 (one architecture under three names), GPT-2, and the BERT family (`bert`, `albert`).
 `huggingface_config` translates the configuration, `huggingface_tokenizer` the tokenizer; this file finds the weights
 and renames them.
 """
@@ -18,6 +18,7 @@ from models.checkpoint import EmbeddingInfo, TrainedModel
 from models.decoder import Decoder, DecoderConfig
 from models.model import Model
 from models.readers import bert
+from models.readers.albert import as_bert
 from models.readers.errors import ReadError
 from models.readers.huggingface_config import translate
 from models.readers.huggingface_tokenizer import read_tokenizer
@@ -76,6 +77,7 @@ def read(directory: str | Path) -> TrainedModel:
         module=module,
         tokenizer=tokenizer,
         embedding=embedding,
+        labels=bert.read_labels(document),
         source=directory.name,
         licence=_licence(directory),
     )
@@ -85,6 +87,9 @@ def _build(directory: Path, document: dict[str, Any]) -> tuple[Model, EmbeddingI
     """Return the model, and how it embeds texts if that is known."""
     if document.get("model_type") == "bert":
         return bert.build(directory, document, _load(directory)), bert.read_embedding(directory)
+    if document.get("model_type") == "albert":
+        settings, tensors = as_bert(document, _load(directory))
+        return bert.build(directory, settings, tensors), bert.read_embedding(directory)
     config = translate(document)
     return Decoder.from_weights(config, _rename(_load(directory), document["model_type"], config)), None
 

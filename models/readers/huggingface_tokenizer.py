@@ -10,6 +10,8 @@ from models.checkpoint import TokenizerInfo
 from models.readers.errors import ReadError
 from models.readers.json_file import read_json
 
+_MASKS = ("[MASK]", "<mask>")
+
 
 def read_tokenizer(directory: Path, config: Mapping[str, Any], *, continues: bool = True) -> TokenizerInfo:
     """Read the tokenizer with its special ids; those of generation_config.json win over `config`, the model's own.
@@ -48,7 +50,17 @@ def read_tokenizer(directory: Path, config: Mapping[str, Any], *, continues: boo
         pad_token_id=pad,
         add_bos=continues and _adds_bos(tokenizer, settings, bos_token_id),
         chat_template=_chat_template(directory, settings),
+        mask_token_id=_mask_token_id(tokenizer, settings),
     )
+
+
+def _mask_token_id(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> int | None:
+    """Return the id of the token that hides another: by its setting, or by the names it usually has."""
+    named = settings.get("mask_token")
+    if named is not None:
+        return tokenizer.token_to_id(named["content"] if isinstance(named, dict) else named)
+    found = (tokenizer.token_to_id(name) for name in _MASKS)
+    return next((token_id for token_id in found if token_id is not None), None)
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:

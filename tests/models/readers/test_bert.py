@@ -6,9 +6,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertForMaskedLM, BertModel
+from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    AlbertForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
 
 from models import checkpoint
+from models.classifier import Classifier, Tagger
 from models.encoder import Encoder
 from models.masked_lm import MaskedLanguageModel
 from models.readers import huggingface
@@ -22,13 +32,18 @@ def config(**changes):
     return BertConfig(vocab_size=len(WORDS), max_position_embeddings=20, **(sizes | changes))
 
 
+def albert(**changes):
+    sizes = {"hidden_size": 24, "embedding_size": 8, "num_hidden_layers": 3, "num_attention_heads": 3}
+    return AlbertConfig(vocab_size=len(WORDS), max_position_embeddings=20, intermediate_size=40, **(sizes | changes))
+
+
 @pytest.fixture
 def write(tmp_path):
     """Save a model with random weights that are far from their initial ones, and a tokenizer."""
 
     def write(model_class, **changes):
         torch.manual_seed(0)
-        model = model_class(config(**changes)).eval()
+        model = model_class(config(**changes) if model_class.config_class is BertConfig else albert(**changes)).eval()
         for parameter in model.parameters():
             parameter.data.add_(torch.randn_like(parameter) * 0.2)
         model.save_pretrained(tmp_path)
@@ -71,6 +86,44 @@ def test_the_masked_language_model_is_that_of_transformers(write):
     reference, directory = write(BertForMaskedLM)
     trained = huggingface.read(directory)
     assert isinstance(trained.module, MaskedLanguageModel)
+    token_ids, lengths, _ = batch()
+    expected = reference(token_ids, (torch.arange(12) < lengths[:, None]).long()).logits
+    assert_same_where_real(trained.module(token_ids, lengths), expected, lengths)
+
+
+LABELS = {"id2label": {0: "bad", 1: "good", 2: "neither"}, "label2id": {"bad": 0, "good": 1, "neither": 2}}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_class", [BertForSequenceClassification, AlbertForSequenceClassification])
+@pytest.mark.parametrize("problem_type", [None, "multi_label_classification"])
+def test_a_classifier_of_pairs_is_that_of_transformers(write, model_class, problem_type):
+    reference, directory = write(model_class, problem_type=problem_type, **LABELS)
+    trained = huggingface.read(directory)
+    assert isinstance(trained.module, Classifier)
+    assert trained.labels == ("bad", "good", "neither")
+    assert trained.module.config.multi_label == (problem_type is not None)
+    token_ids, lengths, segment_ids = batch()
+    expected = reference(token_ids, (torch.arange(12) < lengths[:, None]).long(), token_type_ids=segment_ids).logits
+    torch.testing.assert_close(trained.module(token_ids, lengths, segment_ids=segment_ids), expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_tagger_is_that_of_transformers(write):
+    reference, directory = write(BertForTokenClassification, **LABELS)
+    trained = huggingface.read(directory)
+    assert isinstance(trained.module, Tagger) and trained.labels == ("bad", "good", "neither")
+    token_ids, lengths, _ = batch()
+    expected = reference(token_ids, (torch.arange(12) < lengths[:, None]).long()).logits
+    assert_same_where_real(trained.module(token_ids, lengths), expected, lengths)
+
+
+@torch.no_grad()
+def test_albert_fills_gaps_as_in_transformers(write):
+    reference, directory = write(AlbertForMaskedLM)
+    trained = huggingface.read(directory)
+    assert isinstance(trained.module, MaskedLanguageModel)
+    assert len(trained.module.encoder.stack.layers) == 1 and trained.tokenizer.mask_token_id == WORDS.index("[MASK]")
     token_ids, lengths, _ = batch()
     expected = reference(token_ids, (torch.arange(12) < lengths[:, None]).long()).logits
     assert_same_where_real(trained.module(token_ids, lengths), expected, lengths)
