@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from attendant.bundle import SamplingDefaults
+from export import own_model
 from export.bundle import PRECISIONS, ExportRefused, Target, export_bundle
 from models import checkpoint
 from models.checkpoint import TrainedModel
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         target = Target(repository=given.repository, name=given.name, version=given.version)
         asked = _sampling_defaults(given.sampling_default)
         report(f"{target.name}/{target.version} in {given.precision}: reading weights")
-        model, advised = _read(given.source, given.pretrained)
+        model, advised = _read(given)
         export_bundle(
             model,
             target,
@@ -59,6 +60,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m export", description="Write a certified bundle.")
     parser.add_argument("source", nargs="?", type=Path, help="a checkpoint, a GGUF file or a Hugging Face directory")
     parser.add_argument("--pretrained", choices=sorted(PRETRAINED), help="weights of an installed package, not SOURCE")
+    parser.add_argument(
+        "--module",
+        metavar="FILE.py:FUNCTION",
+        help="a model of your own, not SOURCE: FUNCTION() returns a models.checkpoint.TrainedModel",
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, help="with --module: its weights, a safetensors file or a directory with one"
+    )
     parser.add_argument("repository", type=Path, help="the bundle becomes REPOSITORY/NAME/VERSION")
     parser.add_argument("--name", required=True, help="what callers ask for")
     parser.add_argument("--version", type=int, default=1, help="a positive number (default: 1)")
@@ -80,12 +89,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _read(source: Path | None, pretrained: str | None) -> tuple[TrainedModel, SamplingDefaults | None]:
+def _read(given: argparse.Namespace) -> tuple[TrainedModel, SamplingDefaults | None]:
     """Return the model, and what its authors advise for sampling if that is known."""
-    if (source is None) == (pretrained is None):
-        raise ValueError("name either a SOURCE or --pretrained")
+    source: Path | None = given.source
+    if [source, given.pretrained, given.module].count(None) != 2:
+        raise ValueError("name one of SOURCE, --pretrained and --module")
+    if given.checkpoint is not None and given.module is None:
+        raise ValueError("--checkpoint holds the weights of a --module; name a checkpoint of ours as SOURCE")
+    if given.module is not None:
+        return own_model.read(given.module, given.checkpoint), None
     if source is None:
-        weights, advised = PRETRAINED[str(pretrained)]
+        weights, advised = PRETRAINED[given.pretrained]
         return weights.read(), advised
     if source.is_file():
         return gguf.read(source), None

@@ -173,7 +173,7 @@ def _assemble(document: dict[str, Any], directory: Path) -> TrainedModel:
     # The configuration has no nulls that matter: a field that is absent takes its default.
     config = from_table(model_class.config_class, _without_nulls(document["config"]))
     return TrainedModel(
-        module=model_class.from_weights(config, _load_weights(directory / WEIGHTS)),
+        module=model_class.from_weights(config, load_weights(directory / WEIGHTS)),
         tokenizer=_read_tokenizer(document["tokenizer"], directory / TOKENIZER),
         source_tokenizer=_read_tokenizer(document["source_tokenizer"], directory / SOURCE_TOKENIZER),
         labels=None if labels is None else tuple(labels),
@@ -185,7 +185,8 @@ def _assemble(document: dict[str, Any], directory: Path) -> TrainedModel:
     )
 
 
-def _load_weights(path: Path) -> dict[str, Tensor]:
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file; half precision becomes float32."""
     weights = load_file(path)
     return {name: tensor.float() if tensor.dtype is torch.float16 else tensor for name, tensor in weights.items()}
 

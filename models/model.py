@@ -48,7 +48,16 @@ class Model(nn.Module):
         """
         with torch.device("meta"):
             model = cls(config)
-        expected = {name: tuple(x.shape) for name, x in model.state_dict().items() if name not in model.tied_names}
+        model.assign(weights)
+        return model.eval()
+
+    def assign(self, weights: Mapping[str, Tensor]) -> None:
+        """Put existing tensors, named as in `state_dict`, the tied ones left out, in the place of the model's own.
+
+        Raises:
+            ValueError: tensors are missing, surplus or of another shape; the message names them.
+        """
+        expected = {name: tuple(x.shape) for name, x in self.state_dict().items() if name not in self.tied_names}
         if missing := sorted(expected.keys() - weights.keys()):
             raise ValueError(f"missing tensors: {', '.join(missing)}")
         if surplus := sorted(weights.keys() - expected.keys()):
@@ -58,9 +67,8 @@ class Model(nn.Module):
                 raise ValueError(
                     f"tensor {name} has shape {tuple(weights[name].shape)}; the configuration gives {shape}"
                 )
-        model.load_state_dict(weights, strict=False, assign=True)
-        model.tie()
-        return model.eval()
+        self.load_state_dict(weights, strict=False, assign=True)
+        self.tie()
 
     def weights(self) -> dict[str, Tensor]:
         """Return the tensors that `from_weights` asks for."""
