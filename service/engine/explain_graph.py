@@ -1,10 +1,12 @@
 """The explain graph: one input in, the attention weights of every layer and head out.
 
-It is loaded when it is first asked for, on whatever thread asks, and never runs on a thread that serves. Thread-safe.
+It is loaded when it is asked for, on whatever thread asks, and never runs on a thread that serves; when nobody asks for
+a while it is let go again. Thread-safe.
 Shapes: H heads, R rows, C columns.
 """
 
 import threading
+import time
 from collections.abc import Mapping
 
 import numpy as np
@@ -19,6 +21,7 @@ from service.engine.self_test import read_golden
 Array = NDArray[np.generic]
 Weights = dict[str, NDArray[np.float32]]
 
+IDLE_SECONDS = 300.0
 _GOLDEN = "explain."
 
 
@@ -27,9 +30,10 @@ class ExplainGraph:
 
     Args:
         found: a bundle whose files were verified, with an explain graph.
+        idle_seconds: how long the graph stays in memory after it was used.
     """
 
-    def __init__(self, found: FoundBundle) -> None:
+    def __init__(self, found: FoundBundle, idle_seconds: float = IDLE_SECONDS) -> None:
         graph, told = found.manifest.graph(GraphKind.EXPLAIN), found.manifest.explain
         assert graph is not None and told is not None, "the caller looks whether there is one"
         self.graph: GraphSpec = graph
@@ -37,16 +41,23 @@ class ExplainGraph:
         self._found = found
         self._lock = threading.Lock()
         self._session: ort.InferenceSession | None = None
+        self._idle_seconds = idle_seconds
+        self._used = 0.0
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether it is in memory."""
+        return self._session is not None
 
     @property
     def roles(self) -> frozenset[Role]:
         """What it takes."""
         return frozenset(tensor.role for tensor in self.graph.inputs)
 
-    def cells(self, sizes: Mapping[Places, int]) -> int:
-        """Return how many weights a run makes where rows and columns have so many places."""
-        heads = {tensor.name: int(tensor.axes[1]) for tensor in self.graph.outputs}
-        return sum(heads[spec.output] * sizes[spec.rows] * sizes[spec.columns] for spec in self.told.weights)
+    @property
+    def num_heads(self) -> dict[str, int]:
+        """How many heads each output has."""
+        return {tensor.name: int(tensor.axes[1]) for tensor in self.graph.outputs}
 
     def run(self, inputs: Mapping[Role, Array]) -> Weights:
         """Return all weights [H, R, C] by the names of outputs. Blocks, the first time for as long as loading takes.
@@ -60,6 +71,7 @@ class ExplainGraph:
         with self._lock:
             if self._session is None:
                 self._session = self._load()
+                self._watch(self._idle_seconds)
             feed, lengths = {}, {}
             for tensor in self.graph.inputs:
                 values = np.asarray(inputs[tensor.role], element_type(tensor))
@@ -70,16 +82,26 @@ class ExplainGraph:
                 feed[tensor.name] = values[None]
             names = [spec.output for spec in self.told.weights]
             found = self._session.run(names, feed)
+            self._used = time.monotonic()
         tokens = lengths.get(Role.TOKEN_IDS)
         return {
             spec.output: weights[0, :, : tokens if spec.rows in (Places.TOKENS, Places.WRITTEN) else None]
             for spec, weights in zip(self.told.weights, found, strict=True)
         }
 
-    def release(self) -> None:
-        """Free what it holds; the next run loads it again."""
+    def _watch(self, seconds: float) -> None:
+        timer = threading.Timer(seconds, self._release)
+        timer.daemon = True
+        timer.start()
+
+    def _release(self) -> None:
+        """Let the graph go if it was idle for long enough, or else come back when it may be."""
         with self._lock:
-            self._session = None
+            left = self._used + self._idle_seconds - time.monotonic()
+            if left <= 0:
+                self._session = None
+            else:
+                self._watch(left)
 
     def _load(self) -> ort.InferenceSession:
         session = create_session(self._found.directory, self.graph)

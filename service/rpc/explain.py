@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from attendant.bundle import Explain, Places, WeightsSpec
 from attendant.v1 import explain_pb2 as pb
-from service.engine.explain_graph import ExplainGraph, Weights
+from service.engine.explain_graph import Weights
 from service.errors import InvalidField
 
 MAX_SENT = 4_000_000  # weights, or entropies, of one answer
@@ -30,14 +30,18 @@ class Chosen:
     heads: Sequence[int]
 
 
-def choose(request: pb.ExplainRequest, graph: ExplainGraph) -> list[Chosen]:
+def choose(request: pb.ExplainRequest, told: Explain, num_heads: Mapping[str, int]) -> list[Chosen]:
     """Return what a request asks for, in the order of the manifest.
+
+    Args:
+        request: the request.
+        told: what can be shown.
+        num_heads: of each output.
 
     Raises:
         InvalidField: the model has no such kind, layer or head.
     """
-    specs = graph.told.weights
-    num_heads = {tensor.name: int(tensor.axes[1]) for tensor in graph.graph.outputs}
+    specs = told.weights
     kinds = list(dict.fromkeys(spec.kind for spec in specs))
     for index, kind in enumerate(request.kinds):
         if kind not in kinds:
@@ -53,13 +57,28 @@ def choose(request: pb.ExplainRequest, graph: ExplainGraph) -> list[Chosen]:
     return chosen
 
 
-def check_cells(chosen: Sequence[Chosen], graph: ExplainGraph, sizes: Mapping[Places, int], entropy_only: bool) -> None:
+def check_cells(
+    chosen: Sequence[Chosen],
+    told: Explain,
+    num_heads: Mapping[str, int],
+    sizes: Mapping[Places, int],
+    *,
+    entropy_only: bool,
+) -> None:
     """Refuse what would be too large, with what to ask for instead.
+
+    Args:
+        chosen: what would be sent.
+        told: what is computed for it, which is everything.
+        num_heads: of each output.
+        sizes: how many places there are.
+        entropy_only: whether weights are sent.
 
     Raises:
         InvalidField: a run would make, or an answer have, too many weights.
     """
-    if (computed := graph.cells(sizes)) > MAX_COMPUTED:
+    computed = sum(num_heads[spec.output] * sizes[spec.rows] * sizes[spec.columns] for spec in told.weights)
+    if computed > MAX_COMPUTED:
         limit = f"the model would make {computed:,} weights, at most {MAX_COMPUTED:,} are computed: give a shorter one"
         raise InvalidField("input", f"{max(sizes.values())} tokens", limit)
     sent = sum(

@@ -69,7 +69,7 @@ class Explaining:
     ) -> tuple[ServedModel, ExplainGraph, list[explain.Chosen], Subject]:
         model = self._catalog.resolve(request.model)
         graph = model.explainer
-        chosen = explain.choose(request, graph)
+        chosen = explain.choose(request, graph.told, graph.num_heads)
         explain_input.check(request, graph, model.found.manifest, self._max_prompt_bytes)
         given = await self._workers.run(lambda: explain_input.read(request, model, graph, self._max_prompt_bytes))
         target_ids: TokenIds = ()
@@ -77,7 +77,7 @@ class Explaining:
             told = await self._workers.run(lambda: explain_input.read_target(request, model))
             target_ids = await self._written(model, given, context) if told is None else told
         subject = await self._workers.run(lambda: explain_input.lay_out(model, graph, given, target_ids))
-        explain.check_cells(chosen, graph, subject.sizes, request.entropy_only)
+        explain.check_cells(chosen, graph.told, graph.num_heads, subject.sizes, entropy_only=request.entropy_only)
         return model, graph, chosen, subject
 
     async def _written(self, model: ServedModel, given: Read, context: Context) -> TokenIds:

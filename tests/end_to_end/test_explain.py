@@ -3,6 +3,8 @@
 import asyncio
 import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -355,6 +357,38 @@ def test_a_graph_that_does_not_repeat_its_golden_run_shows_nothing_and_harms_not
     assert "golden replay" in refusal.message
     with Client(f"127.0.0.1:{server.port}") as client:
         assert len(client.embed("a", model="reader")) == 1
+
+
+LET_GO = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from attendant.bundle import Role
+from service.bundle import scan
+from service.engine.explain_graph import ExplainGraph
+from service.engine.runtime import use_threads
+
+use_threads(1)
+(found,) = scan(Path(sys.argv[1]))
+graph, given = ExplainGraph(found, idle_seconds=0.2), {Role.TOKEN_IDS: np.arange(5)}
+assert not graph.is_loaded
+first = graph.run(given)
+assert graph.is_loaded
+deadline = time.monotonic() + 60
+while graph.is_loaded:
+    assert time.monotonic() < deadline
+again = graph.run(given)
+assert all(np.array_equal(first[name], again[name]) for name in first)
+print("as before")
+"""
+
+
+@pytest.mark.slow
+def test_a_graph_that_nobody_asks_for_is_let_go_and_loaded_again(trained, tmp_path):
+    target = Target(repository=tmp_path, name="reader", version=1)
+    export_bundle(trained["reader"], target, precision="fp32", explain=True, report=lambda line: None)
+    done = subprocess.run([sys.executable, "-c", LET_GO, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("as before\n", "")
 
 
 def _falsify(directory: Path) -> None:
