@@ -199,3 +199,44 @@ def test_what_is_no_manifest_is_refused(write, content):
 def test_a_missing_manifest_is_refused(tmp_path):
     with pytest.raises(BundleError, match="No such file"):
         read_manifest(tmp_path)
+
+
+def encoder_manifest(task: str, axes: list, **changes: object) -> dict:
+    """The manifest of an encoder with one head."""
+    content = manifest()
+    tensor = {"name": "logits", "role": "logits", "dtype": "float32", "axes": axes}
+    content["graphs"][0] |= {"kind": "encode", "outputs": [tensor]}
+    content["graphs"][0]["inputs"].pop()
+    content["vocabulary"]["mask_token_id"] = 3
+    content |= {"tasks": [task], "states": [], "classes": {"labels": ["a", "b"]}}
+    return content | changes
+
+
+@pytest.mark.parametrize(
+    ("task", "axes"),
+    [
+        ("classify", ["rows", 2]),
+        ("tag", ["rows", "tokens", 2]),
+        ("fill_mask", ["logit_rows", 320]),
+        ("score", ["rows", 1]),
+    ],
+)
+def test_each_task_of_an_encoder_has_logits_of_its_own_shape(write, task, axes):
+    assert read_manifest(write(encoder_manifest(task, axes)))[0].tasks == (task,)
+    with pytest.raises(BundleError, match=f"task {task} needs an encode graph with logits"):
+        read_manifest(write(encoder_manifest(task, ["rows", "tokens", "logit_rows", 2])))
+
+
+@pytest.mark.parametrize(
+    ("task", "axes", "changes", "said"),
+    [
+        ("classify", ["rows", 2], {"classes": None}, "needs `classes`"),
+        ("classify", ["rows", 3], {}, "one for each of its logits"),
+        ("tag", ["rows", "tokens", 3], {}, "one for each of its logits"),
+        ("score", ["rows", 2], {}, "exactly one logit"),
+        ("fill_mask", ["logit_rows", 9], {"vocabulary": {"file": "tokenizer.json", "size": 9}}, "mask_token_id"),
+    ],
+)
+def test_what_a_task_of_an_encoder_needs_is_demanded(write, task, axes, changes, said):
+    with pytest.raises(BundleError, match=said):
+        read_manifest(write(encoder_manifest(task, axes, **changes)))
