@@ -82,7 +82,11 @@ def add_explain_graph(directory: Path, model: nn.Module, parts: Parts, asked: bo
         return _without(parts, f"it would add {own / 1e6:.0f} MB to the bundle{more}", asked, report)
     report(f"tracing the explain graph, which adds {own / 1e6:.1f} MB")
     traced = _Traced(model, shown).eval()
-    outputs = _write(directory, traced, shown, shared)
+    try:
+        outputs = _write(directory, traced, shown, shared)
+    except Exception as error:  # of any kind: the model may be a stranger's, who need not have thought of weights
+        reason = str(error).partition("\n")[0]
+        return _without(parts, f"its weights cannot be traced ({type(error).__name__}: {reason})", asked, report)
     report("checking the explain graph against the model")
     session = _session(directory / GRAPH_FILE)
     checks = run_checks(_checks(session, traced, shown), report)
@@ -143,6 +147,8 @@ def _write(directory: Path, traced: _Traced, shown: Shown, shared: dict[int, _Pl
     """Write the graph and return its outputs."""
     names = [spec.output for spec in shown.weights]
     example = tuple(torch.from_numpy(array) for array in _inputs(shown, 3).values())
+    with torch.no_grad():
+        heads = [weights.shape[1] for weights in traced(*example)]
     axes = tuple(
         {index: torch.export.Dim(axis, min=1) for index, axis in enumerate(tensor.axes) if isinstance(axis, str)}
         for tensor in shown.inputs
@@ -161,8 +167,6 @@ def _write(directory: Path, traced: _Traced, shown: Shown, shared: dict[int, _Pl
                 place.file, place.offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name, base_dir=directory
             )
     ir.save(model, directory / GRAPH_FILE)
-    with torch.no_grad():
-        heads = [weights.shape[1] for weights in traced(*example)]
     return tuple(_output(spec, num_heads, shown) for spec, num_heads in zip(shown.weights, heads, strict=True))
 
 

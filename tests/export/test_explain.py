@@ -11,6 +11,7 @@ from attendant.bundle import Certificate, Check, Golden, GraphKind, Limits, Role
 from export.errors import ExportRefused
 from export.explain_graph import OWN_BYTES, add_explain_graph
 from export.parts import Parts
+from models.attention.heads import Attended
 from models.captioner import Captioner, CaptionerConfig
 from models.decoder import Decoder, DecoderConfig
 from models.encoder import Encoder, EncoderConfig, StackConfig
@@ -190,6 +191,22 @@ def test_linear_attention_has_nothing_to_show(choices, tmp_path):
     assert explained(model, tmp_path, asked=None).explain is None
     with pytest.raises(ExportRefused, match="computes no attention weights"):
         explained(model, tmp_path)
+
+
+def test_a_model_whose_own_attention_gives_no_weights_is_exported_without(tmp_path):
+    class Silent(torch.nn.Module):
+        def forward(self, x, chunk, past=None, *, need_weights=False):
+            return Attended(x, None, {})
+
+    model = decoder(positions="rotary").eval()
+    for layer in model.layers:
+        layer.attention = Silent()
+    lines = []
+    assert add_explain_graph(tmp_path, model, parts_in(tmp_path), None, lines.append).explain is None
+    assert "cannot be traced" in lines[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["golden.npz"]
+    with pytest.raises(ExportRefused, match="cannot be traced"):
+        add_explain_graph(tmp_path, model, parts_in(tmp_path), True, lines.append)
 
 
 def test_what_would_make_a_bundle_much_larger_is_added_only_if_asked_for(tmp_path):
