@@ -134,6 +134,58 @@ def encoder_repository(tiny_encoder, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
+def byte_decoders():
+    """Random decoders over bytes, as `TrainedModel`s, by the rule of what they remember; each takes 8,192 tokens."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from models.checkpoint import TokenizerInfo, TrainedModel
+    from models.decoder import Decoder, DecoderConfig
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    info = TokenizerInfo(
+        json=tokenizer.to_str(),
+        bos_token_id=None,
+        eos_token_ids=(0,),
+        pad_token_id=None,
+        add_bos=False,
+        chat_template=None,
+    )
+    sizes = {"vocab_size": 256, "d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+    rest = {"d_ff": 64, "max_model_len": 8192, "positions": "rotary", "norm": "rms", "activation": "swiglu"}
+    choices = {
+        "append": {"qk_norm": True},  # which the fused kernel does not know
+        "window": {"window": 24},
+        "ring": {"window": 24, "window_state": "ring", "softcap": 20.0},
+        "replace": {"attention": "favor", "num_features": 24},
+    }
+    decoders = {}
+    for rule, choice in choices.items():
+        torch.manual_seed(3)
+        config = DecoderConfig(**sizes, **rest, **choice, norm_eps=1e-5, bias="none", tie_embeddings=True)
+        decoder = Decoder(config).eval()
+        with torch.no_grad():
+            for parameter in decoder.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        decoders[rule] = TrainedModel(module=decoder, tokenizer=info, source="random weights", licence="Apache-2.0")
+    return decoders
+
+
+@pytest.fixture(scope="session")
+def byte_repository(byte_decoders, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with a bundle of each of `byte_decoders`, named after its rule."""
+    from export.bundle import Target, export_bundle
+
+    repository = tmp_path_factory.mktemp("bytes")
+    for rule, model in byte_decoders.items():
+        target = Target(repository=repository, name=rule, version=1)
+        export_bundle(model, target, precision="fp32", report=lambda line: None)
+    return repository
+
+
+@pytest.fixture(scope="session")
 def smollm2_repository() -> Path:
     """The repository that `make bundles` writes."""
     repository = Path(__file__).parents[1] / "build" / "bundles"
