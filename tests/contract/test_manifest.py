@@ -240,3 +240,48 @@ def test_each_task_of_an_encoder_has_logits_of_its_own_shape(write, task, axes):
 def test_what_a_task_of_an_encoder_needs_is_demanded(write, task, axes, changes, said):
     with pytest.raises(BundleError, match=said):
         read_manifest(write(encoder_manifest(task, axes, **changes)))
+
+
+def explained() -> dict:
+    """The same decoder with an explain graph of one layer."""
+    document = manifest()
+    document["tasks"].append("explain")
+    document["graphs"].append(
+        {
+            "kind": "explain",
+            "file": "explain.onnx",
+            "data": "step.onnx.data",
+            "inputs": [{"name": "token_ids", "role": "token_ids", "dtype": "int64", "axes": [1, "tokens"]}],
+            "outputs": [{"name": "self.0", "role": "weights", "dtype": "float32", "axes": [1, 2, "tokens", "tokens"]}],
+        }
+    )
+    document["files"].append({"name": "explain.onnx", "bytes": 1, "sha256": SHA})
+    shown = {"output": "self.0", "kind": "self", "layer": 0, "title": "self", "rows": "tokens", "columns": "tokens"}
+    document["explain"] = {"weights": [shown | {"right": 0}]}
+    return document
+
+
+def test_an_explain_graph_may_read_the_tensors_of_another_graph(write):
+    read, _ = read_manifest(write(explained()))
+    assert read.graph(GraphKind.EXPLAIN).data == read.graph(GraphKind.STEP).data
+    assert (read.explain.weights[0].left, read.explain.weights[0].right) == (None, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda document: document.pop("explain"), "weights that `explain` describes differ"),
+        (lambda document: document["explain"]["weights"][0].update(output="self.1"), "describes differ"),
+        (lambda document: document["tasks"].remove("explain"), "have the task explain"),
+        (lambda document: document["graphs"][1]["outputs"][0].update(role="hidden"), "role weights"),
+        (lambda document: document["graphs"][1]["outputs"][0].update(axes=[2, "tokens", "tokens"]), "four axes"),
+        (lambda document: document["explain"]["weights"][0].update(columns="patches"), "need `grid`"),
+        (lambda document: document["explain"]["weights"][0].update(rows="pixels"), "rows: "),
+        (lambda document: document["explain"]["weights"][0].update(left=-1), "left: "),
+    ],
+)
+def test_weights_are_described_one_by_one(write, change, said):
+    document = explained()
+    change(document)
+    with pytest.raises(BundleError, match=said):
+        read_manifest(write(document))
