@@ -5,11 +5,13 @@ import json
 import struct
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from attendant import AsyncClient, Client, Delta
@@ -18,11 +20,14 @@ from attendant.v1 import explain_pb2 as pb
 from attendant.v1 import generation_pb2
 from export.bundle import Target, export_bundle
 from models.attention.functional import entropy
+from models.captioner import Captioner, CaptionerConfig
 from models.checkpoint import TokenizerInfo, TrainedModel
 from models.decoder import Decoder, DecoderConfig
 from models.encoder import EncoderConfig, StackConfig
 from models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from models.hard_vision import HardVision, HardVisionConfig
 from models.recurrent import Recurrent, RecurrentConfig
+from models.vision import ImageEncoderConfig, VisionTransformer, VisionTransformerConfig
 
 TOKENS, START, END = 32, 256, 257
 VOCABULARY = 258
@@ -42,6 +47,10 @@ DECODER = {
     "bias": "all",
     "tie_embeddings": True,
 }
+
+
+IMAGE = ImageEncoderConfig(height=8, width=12, num_channels=1, patch_size=4, stack=StackConfig(**STACK))
+PATCH = VisionTransformerConfig(encoder=IMAGE, num_classes=3)
 
 
 def byte_tokenizer() -> TokenizerInfo:
@@ -81,6 +90,9 @@ def modules() -> dict[str, torch.nn.Module]:
         "writer": Decoder(DecoderConfig(**DECODER, positions="rotary", window=6)),
         "translator": EncoderDecoder(EncoderDecoderConfig(encoder=encoder, decoder=decoder)),
         "aligner": Recurrent(recurrent),
+        "describer": Captioner(CaptionerConfig(encoder=IMAGE, decoder=decoder)),
+        "seer": VisionTransformer(PATCH),
+        "glancer": HardVision(HardVisionConfig(rows=2, columns=3, glance_size=2, d_glance=4, patch=PATCH)),
     }
 
 
@@ -94,7 +106,8 @@ def trained(tiny_encoder) -> dict[str, TrainedModel]:
             parameter.add_(0.1 * torch.randn_like(parameter))
         found[name] = TrainedModel(
             module=module.eval(),
-            tokenizer=byte_tokenizer(),
+            tokenizer=None if name in ("seer", "glancer") else byte_tokenizer(),
+            labels=("one", "two", "three") if name in ("seer", "glancer") else None,
             source="random weights",
             licence="Apache-2.0",
             recipe="none",
@@ -246,6 +259,52 @@ def test_a_recurrent_models_additive_attention_for_any_length(about_sources, tra
         (layer,) = found.layers
         assert layer.kind == "additive"
         assert_is(layer, expected)
+
+
+@pytest.fixture(scope="module")
+def about_images(serve):
+    with Client(f"127.0.0.1:{serve('seer', 'glancer', 'describer').port}") as client:
+        yield client
+
+
+def picture(height: int, width: int) -> tuple[bytes, torch.Tensor]:
+    """A PNG of random grey, and the values (1, 1, Y, X) that it stands for."""
+    grey = np.random.default_rng(height).integers(0, 256, (height, width), np.uint8)
+    file = BytesIO()
+    Image.fromarray(grey).save(file, "PNG")
+    return file.getvalue(), torch.from_numpy(grey)[None, None].float() / 255
+
+
+@pytest.mark.slow
+def test_a_vision_transformer_looks_at_patches_and_its_class_token(about_images, trained):
+    content, values = picture(8, 12)
+    found = about_images.explain(image=content, model="seer")
+    for layer, weights in zip(found.layers, trained["seer"].module.attention_weights(values), strict=True):
+        assert layer.rows == layer.columns == ("class", "A1", "B1", "C1", "A2", "B2", "C2")
+        assert_is(layer, weights)
+
+
+@pytest.mark.slow
+def test_hard_attention_shows_where_it_chooses_to_look(about_images, trained):
+    content, values = picture(16, 36)
+    (layer,) = about_images.explain(image=content, model="glancer").layers
+    assert (layer.kind, layer.rows, layer.columns) == ("hard", ("glance",), ("A1", "B1", "C1", "A2", "B2", "C2"))
+    assert_is(layer, trained["glancer"].module.attention_weights(values)[:, None, None])
+
+
+@pytest.mark.slow
+def test_a_captioner_shows_which_patch_each_token_comes_from(about_images, trained):
+    content, values = picture(8, 12)
+    found = about_images.explain(image=content, model="describer")
+    answer = about_images.generate(image=content, model="describer", temperature=0, alignment=True).result()
+    assert answer.token_ids == found.target_ids
+    weights = trained["describer"].module.attention_weights(values, torch.tensor([[START, *found.target_ids[:-1]]]))
+    cross = [layer for layer in found.layers if layer.kind == "cross"]
+    for layer, expected in zip(cross, weights.cross, strict=True):
+        assert layer.columns == answer.started.source_labels == ("A1", "B1", "C1", "A2", "B2", "C2")
+        assert_is(layer, expected)
+    mean = torch.cat(weights.cross).mean((0, 1)).numpy()
+    assert np.abs(np.array(answer.alignment) - mean).max() <= 1e-5
 
 
 def test_layers_heads_and_kinds_can_be_chosen(client):
