@@ -13,7 +13,16 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from attendant.v1 import embedding_pb2, generation_pb2, inference_service_pb2, model_service_pb2
+from attendant.v1 import (
+    classification_pb2,
+    embedding_pb2,
+    fill_mask_pb2,
+    generation_pb2,
+    inference_service_pb2,
+    model_service_pb2,
+    scoring_pb2,
+    tagging_pb2,
+)
 from attendant.v1.inference_service_pb2_grpc import InferenceServiceServicer, add_InferenceServiceServicer_to_server
 from attendant.v1.model_service_pb2_grpc import ModelServiceServicer, add_ModelServiceServicer_to_server
 
@@ -119,6 +128,39 @@ class Script(InferenceServiceServicer, ModelServiceServicer):
         vectors = [pb.Embedding(values=[0.5, length], tokens=length, truncated=length > 2) for length in lengths]
         usage = generation_pb2.Usage(prompt_tokens=sum(lengths))
         return pb.EmbedResponse(embeddings=vectors, model="encoder/1", usage=usage)
+
+    def Classify(self, request, context):
+        self.requests.append(request)
+        pb = classification_pb2
+        logits = [0.5, -1.5] if request.logits else [None, None]
+        scores = [
+            pb.ClassScore(index=i, label=label, probability=p, logit=logit)
+            for i, (label, p, logit) in enumerate(zip(("good", "bad"), (0.75, 0.25), logits, strict=True))
+        ]
+        return pb.ClassifyResponse(
+            classifications=[pb.Classification(classes=scores, tokens=4)] * len(request.inputs), model="classes/1"
+        )
+
+    def TagTokens(self, request, context):
+        self.requests.append(request)
+        pb = tagging_pb2
+        token = pb.TaggedToken(token_id=5, token="Ada", label="person", probability=0.5, start=0, end=3)
+        tagging = pb.Tagging(tokens=[token], num_tokens=3, truncated=request.truncate)
+        return pb.TagTokensResponse(taggings=[tagging] * len(request.inputs), model="tags/1")
+
+    def FillMask(self, request, context):
+        self.requests.append(request)
+        pb = fill_mask_pb2
+        candidate = pb.TokenCandidate(token_id=7, token="cat", probability=0.5)
+        text = pb.FilledText(masks=[pb.FilledMask(position=2, candidates=[candidate])], tokens=4)
+        return pb.FillMaskResponse(texts=[text] * len(request.inputs), model="gaps/1")
+
+    def Score(self, request, context):
+        self.requests.append(request)
+        pb = scoring_pb2
+        scores = [pb.TextScore(score=len(text), probability=0.5, tokens=9) for text in request.relevance.texts]
+        order = sorted(range(len(scores)), key=lambda index: -scores[index].score)
+        return pb.ScoreResponse(scores=scores, order=order, model="relevance/1")
 
     def Tokenize(self, request, context):
         self.requests.append(request)

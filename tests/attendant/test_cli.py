@@ -296,3 +296,23 @@ def test_a_terminal_without_a_prompt_is_told_what_to_give(start, terminal):
     process = on_terminal(start, terminal, "generate")
     terminal.wait_for("give a prompt as an argument or on standard input")
     assert process.wait(PATIENCE) == 2
+
+
+def test_tasks_of_encoders_are_printed_as_tables_or_json(run, script, tmp_path):
+    ready = model_service_pb2.MODEL_STATE_READY
+    tasks = ("classify", "tag", "fill_mask", "score")
+    script.models = [model_service_pb2.Model(name=task, version=1, state=ready, tasks=[task]) for task in tasks]
+    assert run("classify", "a", "--top-k", "1").stdout.splitlines()[1].split() == ["a", "good", "0.7500"]
+    (tmp_path / "a.png").write_bytes(b"\x89PNG")
+    assert "good" in run("classify", "--image", str(tmp_path / "a.png"), "--resize").stdout
+    assert script.requests[-1].inputs[0].image.encoded == b"\x89PNG" and script.requests[-1].resize
+    run("classify", "a", "--pair", "b")
+    assert script.requests[-1].inputs[0].pair.second == "b"
+    assert run("tag", "Ada").stdout.splitlines()[1].split() == ["Ada", "person", "0.5000", "0-3"]
+    assert run("fill", stdin="a [MASK]").stdout.splitlines()[1].split() == ["2", "cat", "0.5000"]
+    lines = run("rerank", "q", "a", "ccc").stdout.splitlines()
+    assert [line.split() for line in lines[1:]] == [["3.0000", "ccc"], ["1.0000", "a"]]
+    assert json.loads(run("tag", "Ada", "--json").stdout)["tokens"][0]["label"] == "person"
+    assert json.loads(run("rerank", "q", "a", "--json").stdout)["order"] == [0]
+    missing = run("classify", "--image", str(tmp_path / "none.png"))
+    assert (missing.returncode, "none.png" in missing.stderr) == (2, True)
