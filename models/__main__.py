@@ -1,4 +1,4 @@
-"""Command line of this room: train a recipe, import pretrained weights, show a checkpoint."""
+"""Command line of this room: train a recipe, import pretrained weights, show a checkpoint, write a test picture."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from attendant.heatmap import entropy_table, render_html, render_terminal, takes_colours, write_pngs
 from models import checkpoint, show
-from models.examples import Example
+from models.examples import PICTURES, Example, picture, png
 from models.readers import gguf, huggingface
 from models.recipes import run
 from models.training.loop import CHECKPOINT
@@ -69,6 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     shower.add_argument("--png", type=Path, metavar="DIR", help="write one heat map for each layer into DIR")
     shower.add_argument("--html", type=Path, metavar="FILE", help="write all heat maps as one page")
     shower.set_defaults(command=_show)
+
+    painter = commands.add_parser("picture", help="write a test picture as PNG, to ask a served model about")
+    painter.add_argument("kind", choices=sorted(PICTURES), help="a digit, a digit in clutter, or a scene of digits")
+    painter.add_argument("index", type=int, metavar="INDEX", help="which of the test pictures")
+    painter.add_argument("file", type=Path, metavar="FILE.png")
+    painter.set_defaults(command=_picture)
     return parser
 
 
@@ -122,6 +128,11 @@ def _show(arguments: argparse.Namespace) -> None:
     if arguments.html is not None:
         arguments.html.write_text(render_html(sheet), encoding="utf-8")
         print(arguments.html)
+
+
+def _picture(arguments: argparse.Namespace) -> None:
+    arguments.file.write_bytes(png(picture(arguments.index, *PICTURES[arguments.kind])))
+    print(arguments.file)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ Shapes: B rows, always one; S tokens, C channels, Y image height, X image width.
 """
 
 from dataclasses import dataclass
+from io import BytesIO
 from string import ascii_uppercase
 
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 from torch import Generator, Tensor
 
@@ -16,6 +18,8 @@ from models.token_texts import token_texts
 from models.training.digits import cluttered, read_digits, scenes
 
 NUM_PICTURES = 1000
+PICTURES = {"digit": (8, 8), "scene": (16, 16), "clutter": (24, 24)}
+"""Height and width of the pictures that the recipes with digits are judged on."""
 BEAM_WIDTH = 5
 MAX_WRITTEN = 64
 """How many tokens a model writes at most where it is given no target."""
@@ -86,8 +90,15 @@ def picture(index: int, height: int, width: int) -> Tensor:
     else:
         images = cluttered(digits, NUM_PICTURES, grid, generator).images
     if not 0 <= index < len(images):
-        raise ValueError(f"--image is {index}; there are test pictures 0 to {len(images) - 1}")
+        raise ValueError(f"there is no test picture {index}; they are numbered from 0 to {len(images) - 1}")
     return images[index : index + 1]
+
+
+def png(image: Tensor) -> bytes:
+    """Return a grey picture (1, 1, Y, X) of values from 0, written black, to 1 as a PNG file of 8 bits a pixel."""
+    file = BytesIO()
+    Image.fromarray((image[0, 0] * 255).round().to(torch.uint8).numpy()).save(file, "PNG")
+    return file.getvalue()
 
 
 def patch_names(rows: int, columns: int) -> list[str]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from attendant.heatmap import AttentionMap, Layer, Sheet
 from models.attention.functional import allow
 from models.captioner import Captioner
+from models.classifier import ClassifierConfig
 from models.checkpoint import TrainedModel
 from models.encoder import StackConfig
 from models.examples import Example, patch_names, picture, read, target_ids
@@ -80,7 +81,8 @@ def _decoder(model: TrainedModel, example: Example) -> list[Layer]:
 def _encoder(model: TrainedModel, example: Example) -> list[Layer]:
     example.only("text")
     token_ids, tokens = read(model.tokenizer, example.text)
-    stack = model.module.config.stack
+    config = model.module.config
+    stack = (config.encoder if isinstance(config, ClassifierConfig) else config).stack
     if stack.attention != "longformer":
         return _layers(
             "self-attention", model.module.attention_weights(token_ids), tokens, tokens, _near(len(tokens), stack)
@@ -136,6 +138,8 @@ _SHOWN: dict[str, Callable[[TrainedModel, Example], list[Layer]]] = {
     "decoder": _decoder,
     "encoder": _encoder,
     "masked-lm": _encoder,
+    "classifier": _encoder,
+    "tagger": _encoder,
     "encoder-decoder": _source_to_sequence,
     "recurrent": _source_to_sequence,
     "vision-transformer": _vision_transformer,

@@ -1,9 +1,13 @@
 """`python -m models`: what it prints, and how it fails."""
 
+import numpy
 import pytest
+import torch
+from PIL import Image
 
 from models import checkpoint
 from models.__main__ import main
+from models.examples import picture
 from models.readers.packaged import SMOLLM2
 
 
@@ -53,3 +57,15 @@ def test_an_unknown_recipe_is_a_usage_error(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["train", "poems"])
     assert "choose from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "size"), [("digit", (8, 8)), ("scene", (16, 16)), ("clutter", (24, 24))])
+def test_a_test_picture_is_written_as_the_models_see_it(tmp_path, capsys, kind, size):
+    file = tmp_path / "picture.png"
+    assert main(["picture", kind, "3", str(file)]) == 0
+    assert capsys.readouterr().out == f"{file}\n"
+    with Image.open(file) as image:
+        pixels = torch.from_numpy(numpy.asarray(image).copy())
+    assert ((pixels / 255 - picture(3, *size)[0, 0]).abs() < 0.5 / 255 + 1e-6).all()
+    assert main(["picture", kind, "5000", str(file)]) == 1
+    assert "no test picture 5000" in capsys.readouterr().err

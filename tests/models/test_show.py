@@ -17,6 +17,7 @@ from models import checkpoint, show
 from models.__main__ import main
 from models.beam import BeamSearch, search
 from models.captioner import Captioner, CaptionerConfig
+from models.classifier import Classifier, ClassifierConfig, Tagger
 from models.checkpoint import TokenizerInfo, TrainedModel
 from models.decoder import Decoder, DecoderConfig
 from models.encoder import Encoder, EncoderConfig, StackConfig
@@ -121,6 +122,8 @@ def sheets():
     yield "near", trained(Encoder, encoder_config(window=3), **letters), text, (2, 4)
     yield "longformer", trained(Encoder, encoder_config(attention="longformer", window=4), **letters), text, (2, 4)
     yield "masked-lm", trained(MaskedLanguageModel, encoder_config(), **letters), text, (2, 4)
+    for name, head in (("classifier", Classifier), ("tagger", Tagger)):
+        yield name, trained(head, ClassifierConfig(encoder=encoder_config(), num_classes=3), **letters), text, (2, 4)
     yield "encoder-decoder", trained(EncoderDecoder, translator, **both), pair, (6, 4)
     yield "recurrent", trained(Recurrent, recurrent_config(), **both), pair, (1, 1)
     yield "vision-transformer", trained(VisionTransformer, vision_config(), tokenizer=None), Example(image=3), (2, 4)
@@ -255,8 +258,8 @@ def test_linear_attention_is_refused_and_told_what_has_weights(attention):
         ("encoder", Example(image=1), "--text is missing; this model reads texts"),
         ("recurrent", Example(text="abc", image=1), "--image is given; this model takes --text and --target"),
         ("vision-transformer", Example(text="abc"), "--image is missing; this model reads images"),
-        ("vision-transformer", Example(image=397), "--image is 397; there are test pictures 0 to 396"),
-        ("captioner", Example(image=-1), "--image is -1; there are test pictures 0 to 999"),
+        ("vision-transformer", Example(image=397), "no test picture 397; they are numbered from 0 to 396"),
+        ("captioner", Example(image=-1), "no test picture -1; they are numbered from 0 to 999"),
         ("decoder", Example(text=""), "the text '' has no tokens; give a longer one"),
         ("decoder", Example(text="a" * 17), "token_ids has 17 tokens; max_model_len is 16"),
     ],
