@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from attendant.bundle import BundleError
+from models.token_texts import token_texts
 from service.text.detokenizer import Detokenizers
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=150)
@@ -87,3 +88,9 @@ def test_a_token_costs_microseconds_however_long_the_stream(tokenizer: Tokenizer
     for token_id in ids:
         stream.append(token_id)
     assert (time.perf_counter() - begin) / len(ids) < 50e-6  # measured: 0.2 to 0.4
+
+
+def test_labels_of_tokens_are_those_of_the_models_own_heat_maps(tokenizer: Tokenizer) -> None:
+    token_ids = range(tokenizer.get_vocab_size() + 2)
+    labels = [detokenizers(tokenizer).label(token_id) for token_id in token_ids]
+    assert labels == token_texts(tokenizer, token_ids)

@@ -35,3 +35,15 @@ async def test_a_job_that_is_given_up_gives_back_its_place_and_errors_come_out()
     with pytest.raises(ZeroDivisionError):
         await workers.run(lambda: 1 / 0)
     workers.close()
+
+
+async def test_a_job_of_a_request_that_runs_already_waits_however_many_do() -> None:
+    workers = TextWorkers(threads=1, max_waiting=0)
+    release = threading.Event()
+    first = asyncio.create_task(workers.run(release.wait))
+    await asyncio.sleep(0)
+    second = asyncio.create_task(workers.run(lambda: 7, accepted=True))
+    await asyncio.sleep(0)
+    release.set()
+    assert await asyncio.gather(first, second) == [True, 7]
+    workers.close()
