@@ -1,5 +1,6 @@
 """Writing the graphs of generating bundles as the manifest describes them: names, types and axes come from there."""
 
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from attendant.bundle import CAPACITY, LOGIT_ROWS, ROWS, SOURCE, TOKENS, GraphKind, GraphSpec, Role, TensorSpec
+from export.errors import ExportRefused
 from export.onnx_export import trace
 from export.operators import OPSET
 
+_TORCH = str(Path(torch.__file__).parent)
 _EXAMPLE = {ROWS: 2, TOKENS: 3, CAPACITY: 5, LOGIT_ROWS: 4, SOURCE: 7}
 _ORDER = {
     GraphKind.STEP: (
@@ -44,6 +47,9 @@ def write_graph(
         max_tokens: most new tokens of a step, where there is a limit.
         opset: the version of ONNX.
         translations: as in `trace`.
+
+    Raises:
+        ExportRefused: PyTorch cannot trace the module; the message names the line.
     """
     dims = {axis: torch.export.Dim(axis, min=1) for axis in _EXAMPLE}
     if max_tokens is not None and max_tokens > 1:
@@ -53,20 +59,30 @@ def write_graph(
     def shape(tensor: TensorSpec) -> dict[int, Any]:
         return {index: dims[axis] for index, axis in enumerate(tensor.axes) if isinstance(axis, str)}
 
-    program = trace(
-        module,
-        _arguments(graph, _example),
-        _arguments(graph, shape),
-        inputs=[tensor.name for tensor in graph.inputs],
-        outputs=[tensor.name for tensor in graph.outputs],
-        opset=opset,
-        translations=translations,
-    )
+    try:
+        program = trace(
+            module,
+            _arguments(graph, _example),
+            _arguments(graph, shape),
+            inputs=[tensor.name for tensor in graph.inputs],
+            outputs=[tensor.name for tensor in graph.outputs],
+            opset=opset,
+            translations=translations,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise ExportRefused(f"the {graph.kind} graph cannot be traced: {_reason(error)}") from error
     traced = program.model.graph
     for tensors, values in ((graph.inputs, traced.inputs), (graph.outputs, traced.outputs)):
         for tensor, value in zip(tensors, values, strict=True):
             value.shape = ir.Shape(tensor.axes)  # under the names of the manifest, rather than those of the tracer
     program.save(directory / graph.file, external_data=True)
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of what went wrong, and the last line of code outside PyTorch that led there."""
+    cause = error.__cause__ or error
+    frames = [frame for frame in traceback.extract_tb(cause.__traceback__) if not frame.filename.startswith(_TORCH)]
+    return f"{str(cause).splitlines()[0]} ({frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line})"
 
 
 def _arguments(graph: GraphSpec, make: Callable[[TensorSpec], Any]) -> tuple[Any, ...]:

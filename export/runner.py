@@ -15,6 +15,15 @@ from numpy.typing import ArrayLike, NDArray
 from attendant.bundle import CAPACITY, SOURCE
 
 NUM_THREADS = 2
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+}
 _JUNK = 7.0  # finite, and large beside what is real
 
 Array = NDArray[Any]
@@ -53,7 +62,7 @@ class Runner:
         states = [each for each in self.session.get_inputs() if each.name.startswith(("past.", "fixed."))]
         sizes = {CAPACITY: capacity, SOURCE: source_len}
         self.states = {
-            each.name: np.zeros((num_rows, *(sizes.get(axis, axis) for axis in each.shape[1:])), np.float32)
+            each.name: np.zeros((num_rows, *(sizes.get(axis, axis) for axis in each.shape[1:])), _DTYPES[each.type])
             for each in states
         }
         self._replaced = [each.name for each in states if each.name.startswith("past.") and CAPACITY not in each.shape]

@@ -41,6 +41,27 @@ def test_weights_are_those_of_the_checkpoint_file_or_directory(tmp_path, weights
     assert not model.module.training
 
 
+def test_code_that_looks_at_values_is_refused_with_its_line(tmp_path, capsys):
+    (tmp_path / "looking.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(EXAMPLE.parent)!r})
+from nearest import NearestAttention, build as build_nearest
+
+class Looking(NearestAttention):
+    def forward(self, x, chunk, past=None, *, need_weights=False):
+        return super().forward(-x if x.sum() > 0 else x, chunk, past, need_weights=need_weights)
+
+def build():
+    model = build_nearest()
+    model.module.layers[1].attention = Looking(64, 4)
+    return model
+""")
+    assert main(["--module", f"{tmp_path / 'looking.py'}:build", str(tmp_path / "bundles"), "--name", "x"]) == 1
+    error = capsys.readouterr().err
+    assert "the step graph cannot be traced: Could not guard on data-dependent expression" in error
+    assert "looking.py, line 8: return super().forward(-x if x.sum() > 0 else x" in error
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
