@@ -249,12 +249,12 @@ class EncodeLoop(BundleThread):
         """Run a batch; if that fails, run its items one by one, which gives the same bits, to find the one at fault."""
         try:
             found = self._graph.run([job.item for job in batch])
+            return [_outcome(job, array) for job, array in zip(batch, found, strict=True)]
         except Exception as error:
             logger.exception("a batch of %d items failed", len(batch))
             if len(batch) == 1:
-                return [_Outcome(batch[0], None, f"the graph failed ({type(error).__name__})")]
+                return [_Outcome(batch[0], None, f"it could not be run ({type(error).__name__})")]
             return [outcome for job in batch for outcome in self._encode([job])]
-        return [_outcome(job, array) for job, array in zip(batch, found, strict=True)]
 
 
 def _outcome(job: _Job, array: Array) -> _Outcome:
