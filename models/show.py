@@ -17,8 +17,8 @@ from torch import Tensor
 from attendant.heatmap import AttentionMap, Layer, Sheet
 from models.attention.functional import allow
 from models.captioner import Captioner
-from models.classifier import ClassifierConfig
 from models.checkpoint import TrainedModel
+from models.classifier import ClassifierConfig
 from models.encoder import StackConfig
 from models.examples import Example, patch_names, picture, read, target_ids
 from models.families import family_of

@@ -17,8 +17,8 @@ from models import checkpoint, show
 from models.__main__ import main
 from models.beam import BeamSearch, search
 from models.captioner import Captioner, CaptionerConfig
-from models.classifier import Classifier, ClassifierConfig, Tagger
 from models.checkpoint import TokenizerInfo, TrainedModel
+from models.classifier import Classifier, ClassifierConfig, Tagger
 from models.decoder import Decoder, DecoderConfig
 from models.encoder import Encoder, EncoderConfig, StackConfig
 from models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
