@@ -82,16 +82,24 @@ def test_what_just_fits_is_served(server) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        sampling(n=2),
         {"latency_budget": Duration(seconds=1)},
-        {"encoder_text": "x"},
-        {"image": b"\x89PNG", "token_ids": None},
         {"audio": b"RIFF", "token_ids": None},
     ],
 )
 def test_what_is_declared_but_not_built_is_refused(server, refusal_of, fields: dict[str, object]) -> None:
     refusal = refusal_of(lambda: list(server.generate(**fields)))
     assert (refusal.code.name, refusal.reason) == ("UNIMPLEMENTED", "UNSUPPORTED")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [sampling(n=2), {"encoder_text": "x"}, {"image": b"\x89PNG", "token_ids": None}, {"beam": pb.BeamSearch()}],
+)
+def test_what_a_model_without_a_source_or_a_request_without_a_search_cannot_use_is_refused(
+    server, refusal_of, fields: dict[str, object]
+) -> None:
+    refusal = refusal_of(lambda: list(server.generate(**fields)))
+    assert (refusal.code.name, refusal.reason) == ("INVALID_ARGUMENT", "INVALID_FIELD")
 
 
 @pytest.mark.parametrize("model", ["nobody", "tiny-fp32/2", "tiny-fp32/1/1"])
