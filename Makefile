@@ -83,7 +83,10 @@ $(eval $(call trained,vit-digits,digits))
 $(eval $(call trained,hard-digits,digits-hard))
 $(eval $(call trained,mlm,mlm))
 
-bundles: $(patsubst %,$(BUNDLES)/%/1/manifest.json,$(DEMO_BUNDLES) $(TRAINED_BUNDLES)) ## export what is served
+# Two at a time: tracing takes one core.
+bundles: $(READY) ## export what is served
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=line \
+		$(patsubst %,$(BUNDLES)/%/1/manifest.json,$(DEMO_BUNDLES) $(TRAINED_BUNDLES))
 
 $(BUNDLES)/smollm2-135m/1/manifest.json: PRECISION := int8
 $(BUNDLES)/smollm2-135m-fp32/1/manifest.json: PRECISION := fp32

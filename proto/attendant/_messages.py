@@ -298,6 +298,10 @@ def model(message: model_pb.Model) -> Model:
             Check(name=check.name, measured=check.measured, bound=check.bound, grid=check.grid)
             for check in message.checks
         ),
+        reads=message.reads,
+        max_source_len=message.max_source_len,
+        labels=tuple(message.labels),
+        image_shape=tuple(message.image_shape),
     )
 
 

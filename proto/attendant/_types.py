@@ -212,7 +212,11 @@ ModelState: TypeAlias = Literal["loading", "ready", "unavailable", "unspecified"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A bundle of the server's repository; `reason` says why one is not served."""
+    """A bundle of the server's repository; `reason` says why one is not served.
+
+    It reads "text" or "image"; images have `image_shape`, channels, height and width in pixels. `max_source_len` is 0
+    unless it writes about texts, `labels` are empty unless it tells classes apart.
+    """
 
     name: str
     version: int
@@ -229,6 +233,10 @@ class Model:
     licence: str
     load_seconds: float
     checks: tuple[Check, ...]
+    reads: str
+    max_source_len: int
+    labels: tuple[str, ...]
+    image_shape: tuple[int, ...]
 
     @property
     def key(self) -> str:

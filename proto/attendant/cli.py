@@ -263,12 +263,13 @@ def models(args: argparse.Namespace) -> int:
         for model in found:
             print(json.dumps(asdict(model)))
         return 0
-    header = ("MODEL", "STATE", "PRECISION", "CONTEXT", "TASKS", "REASON")
+    header = ("MODEL", "STATE", "PRECISION", "READS", "CONTEXT", "TASKS", "REASON")
     rows = [
         (
             model.key,
             model.state,
             model.precision,
+            model.reads,
             str(model.max_model_len or ""),
             ",".join(model.tasks),
             visible(" ".join(model.reason.split())),

@@ -67,6 +67,13 @@ def describe(entry: Entry) -> pb.Model:
     model.bundle_sha256 = entry.found.sha256
     model.source = manifest.provenance.source
     model.licence = manifest.provenance.licence
+    model.max_source_len = manifest.limits.max_source_len or 0
+    model.reads = "text"
+    if (image := manifest.image) is not None:
+        model.reads = "image"
+        model.image_shape.extend((image.channels, image.height, image.width))
+    if manifest.classes is not None:
+        model.labels.extend(manifest.classes.labels)
     if manifest.vocabulary is not None:
         model.vocab_size = manifest.vocabulary.size
         model.has_chat_template = manifest.vocabulary.chat_template is not None

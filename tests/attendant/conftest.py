@@ -81,6 +81,7 @@ class Script(InferenceServiceServicer, ModelServiceServicer):
                 precision="int8",
                 max_model_len=64,
                 tasks=["generate"],
+                reads="text",
                 checks=[model_service_pb2.Check(name="parity", measured=1e-6, bound=1e-4, grid="1-64")],
             )
         ]

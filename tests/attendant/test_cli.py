@@ -245,9 +245,9 @@ def test_models_are_an_aligned_table_with_the_reason_of_a_refusal(run, script):
         )
     )
     assert run("models").stdout == (
-        "MODEL            STATE        PRECISION  CONTEXT  TASKS     REASON\n"
-        "tiny/1           ready        int8            64  generate\n"
-        "broken-model/12  unavailable                                sha256\\x1b[31m differs\n"
+        "MODEL            STATE        PRECISION  READS  CONTEXT  TASKS     REASON\n"
+        "tiny/1           ready        int8       text        64  generate\n"
+        "broken-model/12  unavailable                                       sha256\\x1b[31m differs\n"
     )
     assert [json.loads(line)["name"] for line in run("models", "--json").stdout.splitlines()] == [
         "tiny",

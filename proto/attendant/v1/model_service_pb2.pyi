@@ -47,7 +47,7 @@ class GetModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "state", "reason", "family", "tasks", "precision", "max_model_len", "vocab_size", "has_chat_template", "bundle_sha256", "source", "licence", "load_seconds", "checks")
+    __slots__ = ("name", "version", "state", "reason", "family", "tasks", "precision", "max_model_len", "vocab_size", "has_chat_template", "bundle_sha256", "source", "licence", "load_seconds", "checks", "reads", "max_source_len", "labels", "image_shape")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -63,6 +63,10 @@ class Model(_message.Message):
     LICENCE_FIELD_NUMBER: _ClassVar[int]
     LOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
     CHECKS_FIELD_NUMBER: _ClassVar[int]
+    READS_FIELD_NUMBER: _ClassVar[int]
+    MAX_SOURCE_LEN_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_SHAPE_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     state: ModelState
@@ -78,7 +82,11 @@ class Model(_message.Message):
     licence: str
     load_seconds: float
     checks: _containers.RepeatedCompositeFieldContainer[Check]
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., state: _Optional[_Union[ModelState, str]] = ..., reason: _Optional[str] = ..., family: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., precision: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., has_chat_template: _Optional[bool] = ..., bundle_sha256: _Optional[str] = ..., source: _Optional[str] = ..., licence: _Optional[str] = ..., load_seconds: _Optional[float] = ..., checks: _Optional[_Iterable[_Union[Check, _Mapping]]] = ...) -> None: ...
+    reads: str
+    max_source_len: int
+    labels: _containers.RepeatedScalarFieldContainer[str]
+    image_shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., state: _Optional[_Union[ModelState, str]] = ..., reason: _Optional[str] = ..., family: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., precision: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., has_chat_template: _Optional[bool] = ..., bundle_sha256: _Optional[str] = ..., source: _Optional[str] = ..., licence: _Optional[str] = ..., load_seconds: _Optional[float] = ..., checks: _Optional[_Iterable[_Union[Check, _Mapping]]] = ..., reads: _Optional[str] = ..., max_source_len: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., image_shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Check(_message.Message):
     __slots__ = ("name", "measured", "bound", "grid")
