@@ -85,7 +85,7 @@ $(eval $(call trained,mlm,mlm))
 
 # Two at a time: tracing takes one core.
 bundles: $(READY) ## export what is served
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=line \
+	@$(MAKE) --silent --no-print-directory --jobs=2 --output-sync=line \
 		$(patsubst %,$(BUNDLES)/%/1/manifest.json,$(DEMO_BUNDLES) $(TRAINED_BUNDLES))
 
 $(BUNDLES)/smollm2-135m/1/manifest.json: PRECISION := int8
