@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from attendant.bundle import Check, Manifest
 from service.errors import AttendantError, Draining, ModelUnavailable
+from service.scheduling.latency import LatencyModel
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +23,8 @@ _STUCK_SECONDS = 30.0
 class BundleThread(ABC):
     """What generation and encoding have in common.
 
-    A subclass sets `_busy_since` while it computes, and `_idle` while nobody waits for anything.
+    `latency` learns on the event loop what each run of a graph costs. A subclass sets `_busy_since` while it
+    computes, and `_idle` while nobody waits for anything.
 
     Args:
         kind: names the thread.
@@ -35,6 +37,7 @@ class BundleThread(ABC):
     def __init__(self, kind: str, manifest: Manifest, checks: Sequence[Check]) -> None:
         self.manifest = manifest
         self.checks = tuple(checks)
+        self.latency = LatencyModel()
         self._kind = kind
         self._accepts = True
         self._failed = False
@@ -43,6 +46,7 @@ class BundleThread(ABC):
         self._idle.set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._threads: list[BundleThread] = [self]
 
     @property
     @abstractmethod
@@ -56,9 +60,21 @@ class BundleThread(ABC):
         stuck = since is not None and self.clock() - since > _STUCK_SECONDS
         return self._thread is not None and self._thread.is_alive() and not stuck and not self._failed
 
-    def start(self) -> None:
-        """Start the thread; call it on the event loop that will submit."""
+    @property
+    def num_active(self) -> int:
+        """Bundles of the process that compute now, this one always included."""
+        return sum(thread is self or thread._busy_since is not None for thread in self._threads)
+
+    def start(self, threads: "list[BundleThread] | None" = None) -> None:
+        """Start the thread; call it on the event loop that will submit.
+
+        Args:
+            threads: those of the process, among which this one takes its place until it is closed.
+        """
         assert self._thread is None, "started twice"
+        if threads is not None:
+            threads.append(self)
+            self._threads = threads
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name=f"{self._kind} {self.manifest.key}", daemon=True)
         self._thread.start()
@@ -78,6 +94,7 @@ class BundleThread(ABC):
         self._stop()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
+            self._threads.remove(self)
         self._end_all(Draining("the server stopped before the request was finished"))
 
     def _check_accepts(self) -> None:

@@ -24,6 +24,7 @@ from service.engine.runtime import use_threads
 from service.errors import AttendantError, ExecutionFailed, QueueFull
 from service.metrics import ModelMetrics
 from service.scheduling.batching import BatchLimits, form_batch
+from service.scheduling.work import encode_work
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +189,9 @@ class EncodeLoop(BundleThread):
         """Hand the results of a batch to their calls and to the metrics; runs on the event loop."""
         real = sum(outcome.job.item.length for outcome in outcomes)
         self._metrics.step("encode", len(outcomes), real, padded_tokens - real, ended - started)
+        if not any(outcome.reason for outcome in outcomes):  # otherwise it was run more than once
+            work = encode_work(len(outcomes), padded_tokens // len(outcomes))
+            self.latency.observe("encode", work, ended - started, self.num_active)
         for outcome in outcomes:
             job, call = outcome.job, outcome.job.call
             if call.done.done():

@@ -33,6 +33,7 @@ from service.metrics import ModelMetrics
 from service.scheduling.plan import Event, FailureEvent, SearchEvent, StepPlan, StepResult, TokenEvent
 from service.scheduling.request import Finish, Request, Token
 from service.scheduling.scheduler import Scheduler, SchedulerConfig, Snapshot
+from service.scheduling.work import Phase, plan_work
 
 _IDLE_RELEASE_SECONDS = 30.0
 
@@ -304,6 +305,18 @@ class EngineLoop(BundleThread):
         if plan.chunks:
             num_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks)
             self._metrics.step("prefill", len(plan.chunks), num_tokens, 0, result.prefill_seconds)
+        if not result.failures:  # what fails is run more than once
+            self._learn(plan, result)
+
+    def _learn(self, plan: StepPlan, result: StepResult) -> None:
+        seconds: dict[Phase, float] = {
+            "encode": result.encode_seconds,
+            "prefill": result.prefill_seconds,
+            "decode": result.decode_seconds,
+        }
+        active = self.num_active
+        for phase, work in plan_work(plan).items():
+            self.latency.observe(phase, work, seconds[phase], active)
 
     def _observe(self, event: TokenEvent | SearchEvent) -> None:
         num_prompt = event.request.num_prompt

@@ -25,6 +25,7 @@ from service.app.listening import build_server, open_grpc_port, open_metrics_por
 from service.app.loading import choose, entry_of, load
 from service.app.start_error import StartError
 from service.bundle import BundleRefused, FoundBundle, RefusedBundle, scan
+from service.bundle_thread import BundleThread
 from service.encode_loop import EncodeOptions
 from service.engine_loop import EngineOptions
 from service.metrics import MetricsEndpoint, ServerMetrics
@@ -66,6 +67,7 @@ class App:
         self._server = build_server(settings)
         self._add_services()
         self._endpoint: MetricsEndpoint | None = None
+        self._threads: list[BundleThread] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._is_loading = True
         self._is_draining = False
@@ -181,8 +183,9 @@ class App:
             logger.exception("loading %s failed", manifest.key)
             self._refuse(bundle, "loading it failed unexpectedly; the server's log says more")
             return
-        served.loop.start()
+        served.loop.start(self._threads)
         self.catalog.put(entry_of(bundle, State.READY, served=served))
+        served.metrics.latency(served.loop.latency)
         served.metrics.loaded(
             served.load_seconds,
             sha256=bundle.sha256,

@@ -36,6 +36,7 @@ class ServerMetrics:
         self._declare_latencies()
         self._declare_sizes()
         self._declare_counts()
+        self._declare_latency_model()
         self._declare_models()
         ProcessCollector(registry=self.registry)
 
@@ -100,6 +101,19 @@ class ServerMetrics:
         )
         self.rejected = self._counter(
             "requests_rejected_total", "Requests turned away at the door, by reason.", ("model", "reason")
+        )
+
+    def _declare_latency_model(self) -> None:
+        self.latency_coefficient = self._gauge(
+            "latency_model_coefficient",
+            "Seconds, as learned, of a run, of each token in it, and of each position that a token attends to.",
+            ("phase", "term"),
+        )
+        self.latency_error = self._gauge(
+            "latency_model_error_ratio", "Median relative error of the newest predicted runs.", ("phase",)
+        )
+        self.latency_observations = self._gauge(
+            "latency_model_observations", "Runs that the latency model has learned from.", ("phase",)
         )
 
     def _declare_models(self) -> None:

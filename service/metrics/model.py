@@ -5,17 +5,20 @@ increment, about a microsecond. All methods may be called from any thread.
 """
 
 from collections.abc import Sequence
+from functools import partial
+from math import nan
 from typing import TYPE_CHECKING, Literal
 
 from prometheus_client import Histogram
 
 from service.metrics.buckets import SeqBuckets
+from service.scheduling.latency import LatencyModel
+from service.scheduling.work import Phase
 
 if TYPE_CHECKING:
     from service.metrics.catalogue import ServerMetrics
 
 Task = Literal["generate", "embed", "classify", "tag", "fill_mask", "score"]
-Phase = Literal["encode", "prefill", "decode"]
 End = Literal["stop", "eos", "length", "complete", "cancelled", "deadline", "error"]
 
 _ENCODER_TASKS: tuple[Task, ...] = ("embed", "classify", "tag", "fill_mask", "score")
@@ -25,6 +28,8 @@ PHASES: dict[Task, tuple[Phase, ...]] = {
 }
 """What a graph is run for, by task."""
 _FAILURES: tuple[End, ...] = ("cancelled", "deadline", "error")
+TERMS = ("constant", "linear", "quadratic")
+"""What a run costs: once, for each token, for each position that a token attends to."""
 ENDS: dict[Task, tuple[End, ...]] = {
     "generate": ("stop", "eos", "length", *_FAILURES),
     **dict.fromkeys(_ENCODER_TASKS, ("complete", *_FAILURES)),
@@ -83,6 +88,13 @@ class ModelMetrics:
         self._cached_tokens = families.tokens.labels(model, "prompt_cached")
         self._output_tokens = families.tokens.labels(model, "output")
         self._finished = {end: families.finished.labels(model, end) for end in ENDS[task]}
+        self._latency_error = {phase: families.latency_error.labels(model, phase) for phase in PHASES[task]}
+        self._latency_observations = {
+            phase: families.latency_observations.labels(model, phase) for phase in PHASES[task]
+        }
+        self._latency_coefficients = {
+            phase: [families.latency_coefficient.labels(model, phase, term) for term in TERMS] for phase in PHASES[task]
+        }
         self._waiting = families.waiting.labels(model)
         self._running = families.running.labels(model)
         self._kv_usage = families.kv_usage.labels(model)
@@ -167,6 +179,24 @@ class ModelMetrics:
         self._load_seconds.set(seconds)
         self._ready.set(1)
 
+    def latency(self, latency: LatencyModel) -> None:
+        """Show what this model learns, whenever somebody looks; what is not known is NaN."""
+        for phase, coefficients in self._latency_coefficients.items():
+            for index, coefficient in enumerate(coefficients):
+                coefficient.set_function(partial(_coefficient, latency, phase, index))
+            self._latency_error[phase].set_function(partial(_error, latency, phase))
+            self._latency_observations[phase].set_function(partial(latency.observations, phase))
+
     def serving(self, healthy: bool) -> None:
         """The model can be called now, or cannot."""
         self._ready.set(healthy)
+
+
+def _coefficient(latency: LatencyModel, phase: Phase, index: int) -> float:
+    coefficients = latency.coefficients(phase)
+    return nan if coefficients is None else coefficients[index]
+
+
+def _error(latency: LatencyModel, phase: Phase) -> float:
+    error = latency.error(phase)
+    return nan if error is None else error

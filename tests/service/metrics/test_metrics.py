@@ -1,6 +1,7 @@
 """What is measured is exported under bounded labels, with the objectives as exact bounds, and few series."""
 
 import itertools
+import math
 import random
 import urllib.error
 import urllib.request
@@ -12,7 +13,9 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.metrics import MetricsEndpoint, ServerMetrics, buckets
-from service.metrics.model import ENDS, PHASES
+from service.metrics.model import ENDS, PHASES, TERMS
+from service.scheduling.latency import LatencyModel
+from service.scheduling.work import decode_work
 
 MODEL = "smollm2-135m/1"
 
@@ -136,6 +139,28 @@ def test_the_number_of_series_does_not_depend_on_traffic(metrics: ServerMetrics,
         metrics.answered(MODEL, "generate", "OK")
         metrics.turned_away(MODEL, "queue_full")
     assert num_series() == before < 1500
+
+
+def test_what_was_learned_of_latency_shows_as_it_is_when_somebody_looks(
+    metrics: ServerMetrics, endpoint: MetricsEndpoint
+) -> None:
+    latency = LatencyModel()
+    metrics.model(MODEL, longest=8192).latency(latency)
+
+    def shown(name: str, **labels: str) -> float:
+        full = f"attendant_latency_model_{name}"
+        return value(scrape(endpoint), full, full, phase="decode", **labels)
+
+    assert math.isnan(shown("error_ratio"))
+    assert all(math.isnan(shown("coefficient", term=term)) for term in TERMS)
+    assert shown("observations") == 0
+    for rows in range(1, 31):
+        latency.observe("decode", decode_work([100 * (rows % 7 + 1)] * rows), 0.01 + 0.002 * rows)
+    assert shown("observations") == 30
+    assert shown("coefficient", term="constant") == pytest.approx(0.01, rel=0.01)
+    assert shown("coefficient", term="linear") == pytest.approx(0.002, rel=0.01)
+    assert shown("coefficient", term="quadratic") < 1e-7
+    assert shown("error_ratio") < 0.05
 
 
 def test_no_series_says_when_it_was_created(metrics: ServerMetrics, endpoint: MetricsEndpoint) -> None:
