@@ -35,8 +35,6 @@ from service.scheduling.request import Finish, Request, Token
 from service.scheduling.scheduler import Scheduler, SchedulerConfig, Snapshot
 from service.scheduling.work import Phase, plan_work
 
-_IDLE_RELEASE_SECONDS = 30.0
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
@@ -48,6 +46,7 @@ class EngineOptions:
         kv_memory: bytes for the states of all sequences.
         prefill_chunk_tokens: longest prefill chunk while other sequences decode.
         idle_chunk_tokens: longest prefill chunk while nothing decodes.
+        idle_release_seconds: time without work before the memory of free slots is given back.
         threads: ONNX Runtime threads, shared by all bundles of the process.
     """
 
@@ -56,6 +55,7 @@ class EngineOptions:
     kv_memory: int = 4 << 30
     prefill_chunk_tokens: int = 256
     idle_chunk_tokens: int = 512
+    idle_release_seconds: float = 300.0
     threads: int = 2
 
 
@@ -73,13 +73,14 @@ class StepTokens:
 class TokenStream:
     """The tokens of one request, on the event loop: an async iterator of `StepTokens`.
 
-    `queue_seconds` and `prefill_seconds` are known from the first token on.
+    `queue_seconds`, `prefill_seconds` and `cached_tokens` of the prompt are known from the first token on.
     """
 
     def __init__(self, engine_loop: "EngineLoop", request: Request) -> None:
         self.request = request
         self.queue_seconds = 0.0
         self.prefill_seconds = 0.0
+        self.cached_tokens = 0
         self._engine_loop = engine_loop
         self._tokens: list[Token] = []
         self._finish: Finish | None = None
@@ -120,6 +121,7 @@ class TokenStream:
         if isinstance(event, TokenEvent):
             self._tokens.append(event.token)
         self.queue_seconds, self.prefill_seconds = event.queue_seconds, event.prefill_seconds
+        self.cached_tokens = event.cached_tokens
         self._finish = event.finish
         self._wake()
 
@@ -190,6 +192,7 @@ class EngineLoop(BundleThread):
             idle_chunk_tokens=options.idle_chunk_tokens,
             prefill_chunk=found.manifest.limits.prefill_chunk,
             window=size.window,
+            reuses_prefixes=graph.rewinds and graph.prefill_chunk is None,
         )
         return cls(
             manifest=found.manifest,
@@ -322,7 +325,7 @@ class EngineLoop(BundleThread):
         num_prompt = event.request.num_prompt
         if isinstance(event, SearchEvent) or event.is_first:
             self._metrics.queued(num_prompt, event.queue_seconds)
-            self._metrics.prefilled(num_prompt, event.prefill_seconds)
+            self._metrics.prefilled(num_prompt, event.prefill_seconds, event.cached_tokens)
         if isinstance(event, SearchEvent):  # nothing of it can be read before all of it is known
             self._metrics.searched(
                 num_prompt,
@@ -355,7 +358,9 @@ class EngineLoop(BundleThread):
         self._busy_since = None
         try:
             while True:
-                command = self._commands.get(timeout=_IDLE_RELEASE_SECONDS, block=not self._scheduler.has_work)
+                command = self._commands.get(
+                    timeout=self._options.idle_release_seconds, block=not self._scheduler.has_work
+                )
                 if isinstance(command, Request):
                     self._scheduler.add(command)
                 elif isinstance(command, _Cancel):

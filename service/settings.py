@@ -88,6 +88,9 @@ class Settings(BaseSettings):
         ge=1,
         description="bytes for the KV states of all bundles together; half of the available memory if unset",
     )
+    idle_release_seconds: float = Field(
+        300.0, ge=0.1, le=86400, description="seconds without work before the states of old prompts leave memory"
+    )
     prefill_chunk_tokens: int = Field(
         256, ge=4, le=1 << 20, description="longest prefill step, in tokens, while other sequences decode"
     )
@@ -118,6 +121,9 @@ class Settings(BaseSettings):
     seq_buckets: Annotated[tuple[int, ...], NoDecode] = Field(
         (64, 128, 256, 512, 1024, 2048, 4096),
         description="upper bounds, in tokens, of the metrics' label seq_bucket, by commas",
+    )
+    state_dir: Path | None = Field(
+        None, description="directory that keeps what was learned of latency across restarts; nothing is kept if unset"
     )
     reflection: bool = Field(True, description="serve gRPC reflection")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
@@ -201,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _shown_default(field: FieldInfo) -> str:
     default: Any = field.default
-    if field.is_required() or field.default_factory is not None or default == ():
+    if field.is_required() or field.default_factory is not None or default in ((), None):
         return ""
     shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
     return f" (default {shown.human_readable() if isinstance(shown, ByteSize) else shown})"

@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 
 from attendant.bundle import BundleError
 from attendant.v1 import inference_service_pb2, model_service_pb2
+from service.app.latency_store import LatencyStore
 from service.app.listening import build_server, open_grpc_port, open_metrics_port
 from service.app.loading import choose, entry_of, load
 from service.app.start_error import StartError
@@ -42,6 +43,7 @@ from service.settings import Settings
 logger = logging.getLogger(__name__)
 
 _WATCH_SECONDS = 1.0
+_KEEP_SECONDS = 60.0
 _LOOP_STUCK_SECONDS = 30.0
 _LAST_WORDS_SECONDS = 2.0
 _WAITING_EXPLANATIONS = 16
@@ -68,6 +70,7 @@ class App:
         self._add_services()
         self._endpoint: MetricsEndpoint | None = None
         self._threads: list[BundleThread] = []
+        self._store = None if settings.state_dir is None else LatencyStore(settings.state_dir, settings.threads)
         self._tasks: list[asyncio.Task[None]] = []
         self._is_loading = True
         self._is_draining = False
@@ -101,7 +104,8 @@ class App:
         self._announce(
             f"LISTENING {self._settings.host}: gRPC on port {self.port}, metrics on port {self.metrics_port}"
         )
-        self._tasks = [asyncio.create_task(self._load_all(bundles)), asyncio.create_task(self._watch())]
+        work = (self._load_all(bundles), self._watch(), self._keep_learned())
+        self._tasks = [asyncio.create_task(coroutine) for coroutine in work]
 
     async def wait_loaded(self) -> None:
         """Wait until every bundle is served or refused.
@@ -152,6 +156,7 @@ class App:
             kv_memory=settings.kv_memory // max(1, sum("generate" in found.manifest.tasks for found in to_load)),
             prefill_chunk_tokens=settings.prefill_chunk_tokens,
             idle_chunk_tokens=settings.idle_chunk_tokens,
+            idle_release_seconds=settings.idle_release_seconds,
             threads=settings.threads,
         )
         encode_options = EncodeOptions(
@@ -183,6 +188,8 @@ class App:
             logger.exception("loading %s failed", manifest.key)
             self._refuse(bundle, "loading it failed unexpectedly; the server's log says more")
             return
+        if self._store is not None:
+            await asyncio.to_thread(self._store.restore, bundle, served.loop.latency)
         served.loop.start(self._threads)
         self.catalog.put(entry_of(bundle, State.READY, served=served))
         served.metrics.latency(served.loop.latency)
@@ -201,6 +208,18 @@ class App:
         self.catalog.put(entry)
         self.metrics.refused_model(entry.key)
         self._announce(f"REFUSED {entry.key}: {reason}")
+
+    async def _keep_learned(self) -> None:
+        while True:
+            await asyncio.sleep(_KEEP_SECONDS)
+            await self._save_learned()
+
+    async def _save_learned(self) -> None:
+        """Keep what the latency models know, if there is a place for it; a slow disk stops nothing else."""
+        if self._store is None:
+            return
+        for model in self.catalog.served:
+            await asyncio.to_thread(self._store.save, model.found, model.loop.latency.to_dict())
 
     # Health
 
@@ -249,6 +268,7 @@ class App:
         await self._server.stop(max(left, _LAST_WORDS_SECONDS))
         await stopping
         await self._cancel_tasks()
+        await self._save_learned()
         self._workers.close()
         self._explainers.close()
         if self._endpoint is not None:

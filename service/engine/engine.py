@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from service.engine.sampling import NotFinite, Sampler
 from service.engine.step_graph import StepGraph
-from service.scheduling.plan import Chunk, Encode, Row, Sample, StepPlan, StepResult
+from service.scheduling.plan import Chunk, Encode, Sample, StepPlan, StepResult
 from service.scheduling.request import Token
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Engine:
             self._encode(plan.encodes, failures)
         times.append(self._clock())
         if plan.rows:
-            self._decode(plan.rows, tokens, failures)
+            self._decode(plan, tokens, failures)
         times.append(self._clock())
         for chunk in plan.chunks:
             self._prefill(chunk, tokens, failures)
@@ -80,23 +80,24 @@ class Engine:
         for encode, states in zip(encodes, made, strict=True):
             self.graph.begin(encode.slot, states)
 
-    def _decode(self, rows: tuple[Row, ...], tokens: dict[int, Token], failures: dict[str, str]) -> None:
-        real = [slot for slot, row in enumerate(rows) if row.request_id is not None]
-        for slot in real:
-            self._begin(slot, rows[slot].length - 1)
+    def _decode(self, plan: StepPlan, tokens: dict[int, Token], failures: dict[str, str]) -> None:
+        rows, first_slot = plan.rows, plan.first_slot
+        real = [index for index, row in enumerate(rows) if row.request_id is not None]
+        for index in real:
+            self._begin(first_slot + index, rows[index].length - 1)
         try:
-            logits = self.graph.decode([row.token_id for row in rows], [row.length for row in rows], real)
+            logits = self.graph.decode([row.token_id for row in rows], [row.length for row in rows], real, first_slot)
         except Exception:
             logger.exception("a decode step of %d rows failed; trying its rows one by one", len(rows))
-            for slot in real:
-                row = rows[slot]
+            for index in real:
+                row, slot = rows[index], first_slot + index
                 assert row.request_id is not None, "a parked row is not real"
                 self._feed(Chunk(row.request_id, slot, row.length - 1, (row.token_id,), row.sample), tokens, failures)
             return
         best = logits.argmax(axis=1)
-        for slot in real:
-            if (sample := rows[slot].sample) is not None:
-                self._choose(logits[slot], int(best[slot]), sample, slot, tokens, failures)
+        for index in real:
+            if (sample := rows[index].sample) is not None:
+                self._choose(logits[index], int(best[index]), sample, first_slot + index, tokens, failures)
 
     def _prefill(self, chunk: Chunk, tokens: dict[int, Token], failures: dict[str, str]) -> None:
         self._begin(chunk.slot, chunk.start)

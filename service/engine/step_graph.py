@@ -95,7 +95,7 @@ class StepGraph:
         self._lengths = np.zeros(num_slots, np.int32)
         self._logits_index = np.arange(num_slots, dtype=np.int64)
         self._logits = np.zeros((num_slots, self.vocab_size), np.float32)
-        self._decode_bindings: dict[int, _Binding] = {}
+        self._decode_bindings: dict[tuple[int, int], _Binding] = {}
         self._chunk_bindings: dict[int, _Binding] = {}
 
     @property
@@ -111,31 +111,39 @@ class StepGraph:
             state = None if made is None or pool.spec.made is None else made.states[pool.spec.made]
             pool.begin(slot, state, length)
 
-    def decode(self, token_ids: Sequence[int], lengths: Sequence[int], real: Sequence[int] | None = None) -> Logits:
-        """Feed one token to each of the slots 0..B-1.
+    def decode(
+        self,
+        token_ids: Sequence[int],
+        lengths: Sequence[int],
+        real: Sequence[int] | None = None,
+        first_slot: int = 0,
+    ) -> Logits:
+        """Feed one token to each of B slots in a row.
 
         Args:
             token_ids: B tokens.
             lengths: tokens of each row, the new one included, at most the capacity.
-            real: slots whose row is a sequence's, all if None; what the step makes of the others is not kept.
+            real: rows that are a sequence's, all if None; what the step makes of the others is not kept.
+            first_slot: the slot of row 0.
 
         Returns:
             Logits [B, V], valid until the next call.
         """
         num_rows = len(token_ids)
-        assert 0 < num_rows == len(lengths) <= self.num_slots, (num_rows, len(lengths), self.num_slots)
+        assert 0 < num_rows == len(lengths) <= self.num_slots - first_slot, (num_rows, first_slot, self.num_slots)
         assert min(lengths) > 0 and max(lengths) <= self.capacity, (lengths, self.capacity)
         self._token_ids[:num_rows, 0] = token_ids
         self._lengths[:num_rows] = lengths
-        binding = self._decode_bindings.get(num_rows)
+        binding = self._decode_bindings.get((first_slot, num_rows))
         if binding is None:
-            binding = self._decode_bindings[num_rows] = self._bind(0, num_rows)
+            binding = self._decode_bindings[first_slot, num_rows] = self._bind(first_slot, num_rows)
             binding.input(self._names[Role.TOKEN_IDS], self._token_ids[:num_rows])
             binding.input(self._names[Role.LENGTHS], self._lengths[:num_rows])
             binding.input(self._names[Role.LOGITS_INDEX], self._logits_index[:num_rows])
             binding.output(self._names[Role.LOGITS], self._logits[:num_rows])
         binding.run()
-        self._keep(range(num_rows) if real is None else real, lengths)
+        kept = range(num_rows) if real is None else real
+        self._keep({first_slot + row: lengths[row] for row in kept})
         return self._logits[:num_rows]
 
     def feed(self, slot: int, token_ids: Sequence[int], *, every_position: bool = False) -> Logits:
@@ -180,7 +188,7 @@ class StepGraph:
         binding.input(self._names[Role.LOGITS_INDEX], wanted.astype(np.int64))
         binding.output(self._names[Role.LOGITS], logits)
         binding.run()
-        self._keep([slot], {slot: end})
+        self._keep({slot: end})
         return logits
 
     def copy(self, source: int, destination: int, length: int) -> None:
@@ -208,12 +216,12 @@ class StepGraph:
                 binding.output(pool.spec.output, pool.present(rows))
         return binding
 
-    def _keep(self, slots: Sequence[int], lengths: Sequence[int] | Mapping[int, int]) -> None:
-        """Accept what a step did for these slots, which now hold so many positions."""
+    def _keep(self, lengths: Mapping[int, int]) -> None:
+        """Accept what a step did for some slots, which now hold so many positions."""
         for pool in self._other_pools:
-            pool.commit(slots)
-            for slot in slots:
-                pool.trim(slot, lengths[slot])
+            pool.commit([*lengths])
+            for slot, length in lengths.items():
+                pool.trim(slot, length)
 
 
 def _vocab_size(manifest: Manifest, graph: GraphSpec) -> int:

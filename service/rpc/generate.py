@@ -241,7 +241,9 @@ def _finished(accepted: _Accepted, num_tokens: int, ended: float) -> pb.Finished
     stream = accepted.stream
     first_token = accepted.arrival + stream.queue_seconds + stream.prefill_seconds
     return pb.Finished(
-        usage=pb.Usage(prompt_tokens=stream.request.num_prompt, output_tokens=num_tokens),
+        usage=pb.Usage(
+            prompt_tokens=stream.request.num_prompt, cached_tokens=stream.cached_tokens, output_tokens=num_tokens
+        ),
         timings=pb.Timings(
             queue=to_duration(stream.queue_seconds - accepted.tokenise_seconds),  # the engine counts from arrival
             tokenise=to_duration(accepted.tokenise_seconds),

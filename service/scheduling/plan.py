@@ -1,6 +1,6 @@
 """What one step does, and what came of it: frozen values, the only things that cross from scheduling to the engine.
 
-Slots are rows of the state pools. A step reads the sources of new sequences, runs the decode rows 0..E-1 together,
+Slots are rows of the state pools. A step reads the sources of new sequences, runs a range of slots as decode rows,
 whatever slot in that range is idle or still being prefilled included ("parked": it computes into its next free
 position, which is written again before it is ever read, and what it would replace stays as it is), and then chunks of
 prompts.
@@ -24,7 +24,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Slot `i` of the decode rows: feed `token_id` at position `length - 1`; a parked row is nobody's.
+    """One slot of the decode rows: feed `token_id` at position `length - 1`; a parked row is nobody's.
 
     Without a `sample` the token is one of a prompt, and not its last.
     """
@@ -66,11 +66,15 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: first `releases`, then `moves`, then `encodes`, then the decode rows, then the chunks."""
+    """One step: first `releases`, then `moves`, then `encodes`, then the decode rows, then the chunks.
+
+    Row i is slot `first_slot` + i.
+    """
 
     releases: tuple[int, ...] = ()
     moves: tuple[Move, ...] = ()
     encodes: tuple[Encode, ...] = ()
+    first_slot: int = 0
     rows: tuple[Row, ...] = ()
     chunks: tuple[Chunk, ...] = ()
 
@@ -91,7 +95,7 @@ class TokenEvent:
     """A request got a token; with `finish` it was the last one.
 
     `gap_seconds` is the time since its previous token, or since arrival for the first (`is_first`), which also carries
-    the time in the queue and in prefill.
+    the time in the queue and in prefill. `cached_tokens` of its prompt were copied, not computed.
     """
 
     request: Request
@@ -101,6 +105,7 @@ class TokenEvent:
     gap_seconds: float
     queue_seconds: float
     prefill_seconds: float
+    cached_tokens: int
     finish: Finish | None
 
 
@@ -112,6 +117,7 @@ class SearchEvent:
     finish: Finish
     queue_seconds: float
     prefill_seconds: float
+    cached_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ streams.
 A sequence has a branch for each of its beams, and every branch a slot; without a beam search it has one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -26,6 +26,7 @@ from service.scheduling.plan import (
     StepResult,
     TokenEvent,
 )
+from service.scheduling.prefixes import NOTHING, Prefix, Prefixes
 from service.scheduling.request import Finish, FinishReason, Hypothesis, Request, Token
 from service.scheduling.slots import SlotLedger, rounded
 
@@ -43,6 +44,8 @@ class SchedulerConfig:
         prefill_chunk: where every prompt is cut, or None where cuts do not matter; at 1 there is no prefill, and
             prompts go among the decode rows.
         window: positions behind the last one that stay in memory, or None where all do.
+        reuses_prefixes: whether a prompt may begin with what another left in a slot: where states are nothing but
+            what lies at each position.
     """
 
     num_slots: int
@@ -52,6 +55,7 @@ class SchedulerConfig:
     idle_chunk_tokens: int = 512
     prefill_chunk: int | None = None
     window: int | None = None
+    reuses_prefixes: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("num_slots", 1), ("capacity", 2), ("chunk_tokens", 4), ("idle_chunk_tokens", 4)):
@@ -100,6 +104,7 @@ class _Sequence:
     search: BeamSearch | None = None
     # States are written for positions [0, num_computed), of every branch.
     num_computed: int = 0
+    num_cached: int = 0  # of those, the ones that were copied
     admitted_at: float = 0.0
     prefill_started_at: float | None = None
     first_token_at: float | None = None
@@ -158,6 +163,9 @@ class Snapshot:
         return len(self.sequences) - self.num_waiting
 
 
+MIN_CHUNK = 2
+"""Tokens of a prompt's shortest chunk, but for prompts of one token."""
+
 QUERY_TILE = 16
 """Attention takes a chunk's queries in tiles of a multiple of this many."""
 
@@ -184,6 +192,7 @@ class Scheduler:
         self.config = config
         self._sequences: dict[str, _Sequence] = {}
         self._ledger = SlotLedger(config.num_slots, config.kv_budget, reuses_pages=config.window is None)
+        self._prefixes = Prefixes(config.num_slots)
 
     # What comes in
 
@@ -224,37 +233,106 @@ class Scheduler:
 
     def schedule(self, now: float) -> StepPlan:
         """Decide the next step. Admission, moves and releases take effect at once, tokens with `update`."""
-        releases = self._admit(now)
         moves = self._beam_copies()
+        releases = self._admit(now, moves)
         while (hole := self._hole()) is not None and (released := self._fill(hole, moves)) is not None:
             releases += released
         limit = self.config.chunk_tokens if self._in(Phase.DECODE) else self.config.idle_chunk_tokens
         encodes = self._next_encodes(limit, now)
+        first_slot, rows = self._decode_rows(now)
+        chunks = self._next_chunks(limit, now, moves)
         return StepPlan(
             releases=tuple(releases),
             moves=tuple(moves),
             encodes=encodes,
-            rows=self._decode_rows(now),
-            chunks=self._next_chunks(limit, now),
+            first_slot=first_slot,
+            rows=rows,
+            chunks=chunks,
         )
 
     def release_idle(self) -> StepPlan:
         """Plan to give back the memory of all free slots."""
-        return StepPlan(releases=self._ledger.release_idle())
+        released = self._ledger.release_idle()
+        self._forget(released)
+        return StepPlan(releases=released)
 
-    def _admit(self, now: float) -> list[int]:
+    def _forget(self, slots: Iterable[int]) -> None:
+        for slot in slots:
+            self._prefixes.put(slot, NOTHING)
+
+    def _admit(self, now: float, moves: list[Move]) -> list[int]:
         releases: list[int] = []
         for sequence in sorted(self._in(Phase.WAITING), key=lambda waiting: waiting.urgency):
             request = sequence.request
-            placed = self._ledger.acquire(self.config.held(request.max_total_tokens), request.num_slots)
+            found = self._prefixes.longest(request.prompt) if self._reuses_prefix(request) else None
+            preferred = self._preferred(found)
+            placed = self._ledger.acquire(
+                self.config.held(request.max_total_tokens),
+                request.num_slots,
+                preferred,
+                begun=found is not None and found[0] == preferred,
+            )
             if placed is None:
                 break  # in order: a small request does not starve a large one
             (first, *spare), released = placed
+            self._forget(released)
+            self._forget(spare)
             sequence.branches, sequence.spare_slots = [_Branch(first)], spare
+            source = self._begin(sequence, found, moves)
             sequence.phase = self._first_phase(request) if request.source is None else Phase.ENCODE
             sequence.admitted_at = now
             releases += released
+            if source in self._ledger.free:
+                break  # what is copied from it must not be given back first
         return releases
+
+    def _reuses_prefix(self, request: Request) -> bool:
+        return self.config.reuses_prefixes and request.source is None
+
+    def _preferred(self, found: tuple[int, int] | None) -> int | None:
+        """Return the free slot to begin in, or None to take the lowest.
+
+        That is the one of the prefix if nearly all that it holds goes on; otherwise any other, so that it stays for
+        others. In an idle server it is the one that was of use longest ago.
+        """
+        free = self._ledger.free
+        if found is not None and found[0] in free:
+            slot, length = found
+            if length + 2 >= self._prefixes[slot].length or len(free) == 1:
+                return slot
+            free -= {slot}
+        if self.config.reuses_prefixes and len(self._ledger.free) == self.config.num_slots:
+            return next(slot for slot in self._ledger.by_use() if slot in free)
+        return min(free, default=None)
+
+    def _begin(self, sequence: _Sequence, found: tuple[int, int] | None, moves: list[Move]) -> int | None:
+        """Begin a prompt with what is there of it, and return the slot from which that is copied, if it is."""
+        slot, prompt = sequence.branches[0].slot, sequence.request.prompt
+        sequence.num_computed = sequence.num_cached = 0
+        self._prefixes.put(slot, self._prefixes[slot] if found is not None and found[0] == slot else NOTHING)
+        if found is None or not self._prefixes[found[0]].length:  # its pages may have been given back just now
+            return None
+        source, length = found
+        sequence.num_computed = sequence.num_cached = length
+        self._prefixes.put(slot, Prefix(prompt, length))
+        if source == slot:
+            return None
+        self._ledger.touch(source)
+        moves.append(Move(source, slot, length))
+        return source
+
+    def _catch_up(self, sequence: _Sequence, moves: list[Move]) -> None:
+        """Look again for a beginning, before a prompt's first chunk: others were computed since it was admitted."""
+        request, slot = sequence.request, sequence.branches[0].slot
+        if sequence.num_computed > sequence.num_cached or not self._reuses_prefix(request):
+            return
+        found = self._prefixes.longest(request.prompt)
+        if found is not None and found[1] > sequence.num_computed:
+            source, sequence.num_computed = found
+            sequence.num_cached = sequence.num_computed
+            self._prefixes.put(slot, Prefix(request.prompt, sequence.num_computed))
+            self._ledger.touch(source)
+            moves.append(Move(source, slot, sequence.num_computed))
 
     def _first_phase(self, request: Request) -> Phase:
         """Return how the prompt is read: in chunks, or as decode rows if it has one token or all go so."""
@@ -273,16 +351,19 @@ class Scheduler:
                 yield sequence, branch
 
     def _hole(self) -> int | None:
-        """Return the lowest free slot below a decode row: as a parked row it would cost every step."""
-        highest = max((branch.slot for _, branch in self._decoding()), default=-1)
-        hole = min(self._ledger.free, default=highest)
-        return hole if hole < highest else None
+        """Return the lowest free slot between decode rows: as a parked row it would cost every step."""
+        slots = [branch.slot for _, branch in self._decoding()]
+        if not slots:
+            return None
+        return min((slot for slot in self._ledger.free if min(slots) < slot < max(slots)), default=None)
 
     def _fill(self, hole: int, moves: list[Move]) -> tuple[int, ...] | None:
         """Move the highest decode row into the hole, if memory holds both copies for a moment."""
         sequence, highest = max(self._decoding(), key=lambda pair: pair[1].slot)
         released = self._ledger.move(highest.slot, hole)
         if released is not None:
+            self._forget(released)
+            self._prefixes.put(hole, self._prefixes[highest.slot])
             moves.append(Move(highest.slot, hole, sequence.num_computed))
             highest.slot = hole
         return released
@@ -301,17 +382,26 @@ class Scheduler:
             encodes.append(Encode(request.request_id, sequence.branches[0].slot, request.source))
         return tuple(encodes)
 
-    def _decode_rows(self, now: float) -> tuple[Row, ...]:
+    def _decode_rows(self, now: float) -> tuple[int, tuple[Row, ...]]:
+        """Return the first slot and the rows of all slots from the lowest to the highest that decodes."""
         decoding = {branch.slot: (sequence, branch) for sequence, branch in self._decoding()}
         if not decoding:
-            return ()
+            return 0, ()
         lengths = {s.branches[0].slot: s.num_computed + 1 for s in self._in(Phase.PREFILL)}
-        return tuple(
-            self._row(*decoding[slot], now)
-            if slot in decoding
-            else Row(request_id=None, token_id=0, length=lengths.get(slot, 1), sample=None)
-            for slot in range(max(decoding) + 1)
+        rows = tuple(
+            self._row(*decoding[slot], now) if slot in decoding else self._parked(slot, lengths.get(slot))
+            for slot in range(min(decoding), max(decoding) + 1)
         )
+        return min(decoding), rows
+
+    def _parked(self, slot: int, length: int | None) -> Row:
+        """Return a row that writes into a prompt's next position, or, in a free slot, behind what it still holds."""
+        if length is None:
+            length = self._prefixes[slot].length + 1
+        if length > self.config.capacity:
+            self._forget([slot])
+            length = 1
+        return Row(request_id=None, token_id=0, length=length, sample=None)
 
     @staticmethod
     def _row(sequence: _Sequence, branch: _Branch, now: float) -> Row:
@@ -323,11 +413,14 @@ class Scheduler:
         sample = _sample(request, branch) if sequence.reads_its_last else None
         return Row(request.request_id, token_id, position + 1, sample)
 
-    def _next_chunks(self, limit: int, now: float) -> tuple[Chunk, ...]:
+    def _next_chunks(self, limit: int, now: float, moves: list[Move]) -> tuple[Chunk, ...]:
         """Take the most urgent prompt as far as the limit allows, then others that end within what is left of it."""
         chunks: list[Chunk] = []
         left = limit
         for sequence in sorted(self._in(Phase.PREFILL), key=lambda waiting: waiting.urgency):
+            if chunks and left < MIN_CHUNK:
+                break
+            self._catch_up(sequence, moves)
             request, start = sequence.request, sequence.num_computed
             remaining = len(request.prompt) - start
             if self.config.prefill_chunk is not None:
@@ -361,6 +454,9 @@ class Scheduler:
                 continue
             reads_its_last = sequence.num_computed + num_tokens == len(sequence.request.prompt) + sequence.num_output
             sequence.num_computed += num_tokens
+            if self._reuses_prefix(sequence.request) and request_id not in fed:
+                slot = sequence.branches[0].slot
+                self._prefixes.put(slot, Prefix(sequence.request.prompt, sequence.num_computed))
             if reads_its_last:
                 self._continue(sequence, [result.tokens[branch.slot] for branch in sequence.branches], now, events)
         return events
@@ -369,6 +465,7 @@ class Scheduler:
         message = result.failures.get(sequence.request.request_id)
         if message is None:
             return False
+        self._forget(sequence.slots)  # whatever is wrong with it, nobody else begins with it
         self.cancel(sequence.request.request_id)
         events.append(FailureEvent(sequence.request, message))
         return True
@@ -411,6 +508,7 @@ class Scheduler:
             gap_seconds=gap_seconds,
             queue_seconds=queue_seconds,
             prefill_seconds=prefill_seconds,
+            cached_tokens=sequence.num_cached,
             finish=None if reason is None else _finish(sequence, reason),
         )
 
@@ -426,10 +524,10 @@ class Scheduler:
             finish=_finish(sequence, search.best[0].reason, search.best),
             queue_seconds=queue_seconds,
             prefill_seconds=prefill_seconds,
+            cached_tokens=sequence.num_cached,
         )
 
-    @staticmethod
-    def _branch(sequence: _Sequence, going: Sequence[Continuation]) -> None:
+    def _branch(self, sequence: _Sequence, going: Sequence[Continuation]) -> None:
         """Let beams go on: a beam's first continuation keeps its slot, others get copies in slots of beams that end.
 
         No copy reads a slot that another one writes, so their order does not matter.
@@ -445,6 +543,7 @@ class Scheduler:
                 parents.remove(continuation.parent)
             else:
                 slot = free.pop(0)
+                self._prefixes.put(slot, self._prefixes[parent.slot])
                 sequence.copies.append(Move(parent.slot, slot, sequence.num_computed))
             new.append(_Branch(slot, [*parent.output, continuation.token_id], continuation.log_likelihood))
         sequence.branches, sequence.spare_slots = new, free
@@ -485,6 +584,7 @@ def _finish(sequence: _Sequence, reason: FinishReason, hypotheses: tuple[Hypothe
         queue_seconds=queue_seconds,
         prefill_seconds=prefill_seconds,
         decode_seconds=sequence.last_token_at - sequence.first_token_at,
+        cached_tokens=sequence.num_cached,
         hypotheses=hypotheses,
     )
 

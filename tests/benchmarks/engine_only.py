@@ -25,8 +25,8 @@ class BareEngine:
     def __init__(self, repository: Path, name: str, threads: int) -> None:
         use_threads(threads)
         found = next(b for b in scan(repository) if isinstance(b, FoundBundle) and b.manifest.name == name)
-        self._size = pool_size(found.manifest, NUM_SLOTS, KV_MEMORY)
-        self.graph = StepGraph(found, NUM_SLOTS, self._size.capacity)
+        self.size = pool_size(found.manifest, NUM_SLOTS, KV_MEMORY)
+        self.graph = StepGraph(found, NUM_SLOTS, self.size.capacity)
 
     def decode_rate(self, num_rows: int, context: int, steps: int = 24) -> float:
         """Return tokens a second of `steps` decode steps that start at `context` tokens."""
@@ -49,7 +49,7 @@ class BareEngine:
     def run(self, workload: Workload) -> float:
         """Return generated tokens a second over the whole workload, prefill included."""
         scheduler = Scheduler(
-            SchedulerConfig(num_slots=NUM_SLOTS, capacity=self._size.capacity, kv_budget=self._size.budget)
+            SchedulerConfig(num_slots=NUM_SLOTS, capacity=self.size.capacity, kv_budget=self.size.budget)
         )
         engine = Engine(self.graph)
         waiting = [

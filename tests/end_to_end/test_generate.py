@@ -150,3 +150,12 @@ def test_detokenise_shows_special_tokens_if_asked(server) -> None:
 
     assert text() == ""
     assert text(skip_special_tokens=False) == "<|im_start|><|im_end|>"
+
+
+def test_a_prompt_that_begins_as_an_earlier_one_is_computed_from_where_they_part(server) -> None:
+    ids = [40 + i % 50 for i in range(120)]
+    first = list(server.long_answer(8, token_ids=pb.TokenIds(ids=ids)))[-1].finished.usage
+    before = server.value("attendant_tokens_total", model="tiny-fp32/1", kind="prompt_cached")
+    again = list(server.long_answer(8, token_ids=pb.TokenIds(ids=[*ids, 7, 8, 9])))[-1].finished.usage
+    assert (first.cached_tokens, again.prompt_tokens, again.cached_tokens) == (0, 123, 120)
+    assert server.value("attendant_tokens_total", model="tiny-fp32/1", kind="prompt_cached") == before + 120

@@ -12,7 +12,7 @@ def test_traffic_is_counted_by_length_code_and_reason(start, refusal_of, eventua
     server = start("--models", "tiny-fp32", "--seq-buckets", "16,64,128").wait_ready()
     lengths = (5, 16, 18, 100, 200)
     for length in lengths:
-        list(server.long_answer(20, token_ids=pb.TokenIds(ids=[7] * length)))
+        list(server.long_answer(20, token_ids=pb.TokenIds(ids=[length] * length)))
     refusal_of(lambda: list(server.generate(prompt="")))
     refusal_of(lambda: list(server.generate("nobody")))
     refusal_of(lambda: list(server.generate(latency_budget=Duration(seconds=1))))

@@ -14,7 +14,9 @@ MODEL = "smollm2-135m"
 
 @pytest.fixture
 def smollm2(start, smollm2_repository: Path):
-    return start("--models", MODEL, "--kv-memory", "2GiB", repository=smollm2_repository).wait_ready()
+    return start(
+        "--models", MODEL, "--kv-memory", "2GiB", "--idle-release-seconds", "5", repository=smollm2_repository
+    ).wait_ready()
 
 
 def text_of(events: list[pb.GenerateResponse]) -> str:

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -245,12 +246,14 @@ async def test_a_sequence_whose_state_holds_nan_fails_alone(
     expected = await read(engine_loop.submit(make_request(engine_loop, "healthy", 9, 40)))
     decode = StepGraph.decode
 
-    def poisoning_decode(self: StepGraph, token_ids: list[int], lengths: list[int], real: list[int]) -> object:
-        for slot, length in enumerate(lengths):
+    def poisoning_decode(
+        self: StepGraph, token_ids: list[int], lengths: list[int], real: list[int], first_slot: int
+    ) -> object:
+        for slot, length in enumerate(lengths, first_slot):
             if length == 60:  # the other one is never as long
                 for pool in self.pools:
                     pool.array[slot][:, :9] = np.nan
-        return decode(self, token_ids, lengths, real)
+        return decode(self, token_ids, lengths, real, first_slot)
 
     monkeypatch.setattr(StepGraph, "decode", poisoning_decode)
     poisoned = engine_loop.submit(make_request(engine_loop, "poisoned", 9, 100))
@@ -279,10 +282,10 @@ async def test_a_row_on_which_the_graph_raises_fails_alone(
     def is_poison(length: int) -> bool:
         return length == len(poison.prompt) + 5
 
-    def failing_decode(self: StepGraph, token_ids: list[int], lengths: list[int], real: list[int]) -> object:
+    def failing_decode(self: StepGraph, token_ids: list[int], lengths: list[int], *rest: object) -> object:
         if any(map(is_poison, lengths)):
             raise _Poison
-        return decode(self, token_ids, lengths, real)
+        return decode(self, token_ids, lengths, *rest)
 
     def failing_chunk(self: StepGraph, slot: int, token_ids: list[int] | tuple[int, ...], start: int) -> object:
         if len(token_ids) == 1 and is_poison(start + 1):
@@ -306,3 +309,29 @@ async def test_a_slow_reader_gets_everything_and_holds_nobody_up(engine_loop: En
     assert fast[1] is not None
     tokens, finish = await read(slow)
     assert (len(tokens), finish is not None) == (30, True)
+
+
+async def test_a_prompt_that_begins_as_another_is_answered_to_the_bit_as_if_it_were_computed(
+    engine_loop: EngineLoop, tiny_bundles: dict[str, FoundBundle]
+) -> None:
+    fresh = load(tiny_bundles[engine_loop.manifest.precision])
+    fresh.start()
+    trunk = make_request(engine_loop, "trunk", 120, 1).prompt
+    assert (await read(engine_loop.submit(make_request(engine_loop, "trunk", 120, 30))))[1] is not None
+    lengths = (20, 47, 48, 49, 64, 65, 100, 119)
+    requests = [
+        replace(request, prompt=(*trunk[:length], *request.prompt))
+        for length in lengths
+        for request in [make_request(engine_loop, f"after {length}", 9, 20)]
+    ]
+    streams = [engine_loop.submit(request) for request in requests]
+    found = await asyncio.gather(*map(read, streams))
+    assert [stream.cached_tokens for stream in streams] == list(lengths)
+    for request, (tokens, _) in zip(requests, found, strict=True):
+        alone = fresh.submit(replace(request, prompt=request.prompt))
+        expected, _ = await read(alone)
+        assert tokens == expected
+        await fresh.close()
+        fresh = load(tiny_bundles[engine_loop.manifest.precision])
+        fresh.start()
+    await fresh.close()

@@ -32,6 +32,7 @@ def test_every_field_is_described_and_is_a_flag_and_a_variable(monkeypatch: pyte
         "max_prompt_bytes": ("1KiB", 1024),
         "max_message_bytes": ("8MiB", 8 << 20),
         "seq_buckets": ("16, 32", (16, 32)),
+        "state_dir": ("kept", Path("kept")),
         "reflection": ("false", False),
         "log_level": ("debug", "debug"),
     }

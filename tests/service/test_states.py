@@ -83,12 +83,14 @@ async def test_a_sequence_that_was_poisoned_leaves_nothing_behind(engine_loop, m
     healthy = await read(engine_loop.submit(make_request("healthy", 9, 30)))
     decode = StepGraph.decode
 
-    def poisoning_decode(self: StepGraph, token_ids: list[int], lengths: list[int], real: list[int]) -> object:
-        for slot, length in enumerate(lengths):
+    def poisoning_decode(
+        self: StepGraph, token_ids: list[int], lengths: list[int], real: list[int], first_slot: int
+    ) -> object:
+        for slot, length in enumerate(lengths, first_slot):
             if length == 70:  # the other one is never as long
                 for pool in self.pools:
                     pool.array[slot] = np.nan
-        return decode(self, token_ids, lengths, real)
+        return decode(self, token_ids, lengths, real, first_slot)
 
     monkeypatch.setattr(StepGraph, "decode", poisoning_decode)
     poisoned = engine_loop.submit(make_request("poisoned", 60, 100))
@@ -108,11 +110,11 @@ async def test_a_step_that_fails_for_others_is_repeated_without_a_trace(
     healthy = await read(engine_loop.submit(make_request("healthy", 9, 30)))
     keep, calls = StepGraph._keep, []
 
-    def failing_keep(self: StepGraph, slots: list[int], lengths: list[int]) -> None:
+    def failing_keep(self: StepGraph, lengths: dict[int, int]) -> None:
         calls.append(1)
         if len(calls) % 3 == 0:  # the step ran, and then something went wrong
             raise RuntimeError
-        keep(self, slots, lengths)
+        keep(self, lengths)
 
     monkeypatch.setattr(StepGraph, "_keep", failing_keep)
     assert (await read(engine_loop.submit(make_request("healthy", 9, 30))))[0] == healthy[0]

@@ -22,6 +22,7 @@ from service.scheduling.scheduler import Scheduler, SchedulerConfig, chunk_lengt
 
 EOS = 7
 STOP = 8
+TRUNK = tuple(random.Random("trunk").choices(range(64), k=128))
 
 
 def next_token(context: Sequence[int], source: Source | None = None) -> int:
@@ -59,7 +60,7 @@ class VirtualEngine:
         for encode in plan.encodes:
             self.slots[encode.slot] = []
             self.sources[encode.slot] = encode.source
-        for slot, row in enumerate(plan.rows):
+        for slot, row in enumerate(plan.rows, plan.first_slot):
             self._write(slot, row.length - 1, [row.token_id])
             if row.sample is not None:
                 assert row.sample.position == row.length
@@ -223,6 +224,9 @@ def random_request(name: str, rng: random.Random, walk: Walk) -> Request:
         )
         if request.beam is None and rng.random() < 0.5:
             request = replace(request, stop_token_ids=frozenset({STOP}))
+        if rng.random() < 0.7:  # begins as others do
+            shared = rng.randint(0, prompt)
+            request = replace(request, prompt=(*TRUNK[:shared], *request.prompt[shared:]))
         if walk.scheduler.fits(request):
             return request
 
@@ -259,8 +263,9 @@ def test_in_a_random_walk_every_request_gets_exactly_what_it_gets_alone(seed: in
         kv_budget=rng.randint(-(-capacity // 16) * 16, slots * 128),
         chunk_tokens=rng.randint(4, 20),
         idle_chunk_tokens=rng.randint(4, 40),
-        prefill_chunk=rng.choice([None, None, 1, 5]),
-        window=rng.choice([None, None, 20]),
+        prefill_chunk=(chunk := rng.choice([None, None, 1, 5])),
+        window=(window := rng.choice([None, None, 20])),
+        reuses_prefixes=chunk is None and window is None,
     )
     walk = Walk(settings)
     requests: dict[str, Request] = {}
@@ -319,6 +324,70 @@ def test_a_beam_search_among_others_finds_what_it_finds_alone(width: int, length
     for request in requests:
         assert_found(walk.answers[request.request_id], request)
     assert len(walk.outputs["other"]) == 40
+
+
+def cached(walk: Walk, name: str, prompt: Sequence[int], max_tokens: int = 3) -> int:
+    """Run a request to its end and return how many of its prompt's tokens were not computed."""
+    walk.add(replace(make_request(name, 1, max_tokens, eos_token_ids=frozenset()), prompt=tuple(prompt)))
+    events = []
+    while name not in walk.finished:
+        events += [event for event in walk.step() if event.request.request_id == name]
+    assert (walk.outputs[name], walk.finished[name]) == oracle(events[0].request)
+    return events[0].cached_tokens
+
+
+def test_a_growing_conversation_is_not_computed_again_but_for_what_was_generated() -> None:
+    walk = Walk(config(reuses_prefixes=True))
+    first = TRUNK[:40]
+    assert cached(walk, "first", first) == 0
+    second = (*first, *walk.outputs["first"], *TRUNK[40:60])
+    assert cached(walk, "second", second) == 40
+    assert cached(walk, "third", (*second, *TRUNK[60:70])) == len(second)
+    assert cached(walk, "the third again", (*second, *TRUNK[60:70])) == len(second) + 8, "two tokens are computed"
+    assert cached(walk, "too little", (*first[:15], *reversed(TRUNK))[:60]) == 0
+
+
+def test_conversations_one_after_the_other_do_not_displace_each_other() -> None:
+    walk = Walk(config(num_slots=3, kv_budget=3 * 128, reuses_prefixes=True))
+    talks = [tuple(random.Random(name).choices(range(64), k=30)) for name in "abcd"]
+    for number, talk in enumerate(talks[:3]):
+        assert cached(walk, f"begin {number}", talk) == 0
+    for number, talk in enumerate(talks[:3]):
+        assert cached(walk, f"go on {number}", (*talk, *TRUNK[:20])) == 30
+    assert cached(walk, "a fourth", talks[3]) == 0
+    assert cached(walk, "the last one still", (*talks[2], *TRUNK[:30])) == 50
+    assert cached(walk, "the first no longer", (*talks[0], *TRUNK[:30])) == 0, "its slot was used longest ago"
+
+
+def test_running_requests_lend_their_beginning() -> None:
+    walk = Walk(config(num_slots=4, kv_budget=4 * 128, reuses_prefixes=True, idle_chunk_tokens=128))
+    walk.add(replace(make_request("running", 1, 50, eos_token_ids=frozenset()), prompt=TRUNK[:64]))
+    walk.step()
+    for number in range(3):
+        assert cached(walk, str(number), (*TRUNK[:50], number, number + 1, number + 2)) == 50
+    while walk.scheduler.has_work:
+        walk.step()
+    assert (
+        walk.outputs["running"][:50]
+        == oracle(replace(make_request("running", 1, 50, eos_token_ids=frozenset()), prompt=TRUNK[:64]))[0]
+    )
+
+
+def test_nobody_begins_with_what_a_failed_request_left() -> None:
+    walk = Walk(config(reuses_prefixes=True, idle_chunk_tokens=128))
+    walk.add(replace(make_request("poison", 1, 9, eos_token_ids=frozenset()), prompt=TRUNK[:40]))
+    walk.step()
+    plan = walk.scheduler.schedule(walk.now)
+    walk.engine.execute(plan)
+    walk.scheduler.update(plan, StepResult(tokens={}, failures={"poison": "the graph failed"}), walk.now)
+    assert cached(walk, "healthy", TRUNK[:40]) == 0
+
+
+def test_memory_that_is_given_back_is_no_beginning() -> None:
+    walk = Walk(config(reuses_prefixes=True))
+    assert cached(walk, "first", TRUNK[:40]) == 0
+    walk.engine.execute(walk.scheduler.release_idle())
+    assert cached(walk, "again", TRUNK[:40]) == 0
 
 
 def test_a_search_wider_than_the_slots_can_never_run() -> None:
@@ -434,7 +503,11 @@ def test_a_failure_ends_its_own_request_only() -> None:
     plan = walk.scheduler.schedule(walk.now)
     result = walk.engine.execute(plan)
     failed = StepResult(
-        tokens={slot: token for slot, token in result.tokens.items() if plan.rows[slot].request_id != "poison"},
+        tokens={
+            slot: token
+            for slot, token in result.tokens.items()
+            if plan.rows[slot - plan.first_slot].request_id != "poison"
+        },
         failures={"poison": "the graph failed"},
     )
     events = walk.scheduler.update(plan, failed, walk.now)
