@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ class LatencyStore:
 
     def __init__(self, directory: Path, threads: int) -> None:
         self._directory = directory
+        self._lock = threading.Lock()
+        self._saved: dict[Path, Mapping[str, object]] = {}
         self._machine = {
             "threads": threads,
             "onnxruntime": onnxruntime.__version__,
@@ -57,16 +60,23 @@ class LatencyStore:
     def save(self, bundle: FoundBundle, learned: Mapping[str, object]) -> None:
         """Keep what `LatencyModel.to_dict` returned; whatever happens meanwhile, the file is the old one or the new."""
         path = self.path(bundle)
+        with self._lock:
+            if not learned or learned == self._saved.get(path):
+                return
+            try:
+                self._write(path, {"of": self._key(bundle), "learned": learned})
+                self._saved[path] = learned
+            except OSError as error:
+                logger.warning("what %s learned of its latency is not kept: %s", bundle.manifest.key, error)
+
+    def _write(self, path: Path, kept: Mapping[str, object]) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            with partial.open("w", encoding="utf-8") as file:
-                json.dump({"of": self._key(bundle), "learned": learned}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except OSError as error:
-            logger.warning("what %s learned of its latency is not kept: %s", bundle.manifest.key, error)
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(kept, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
 
     def path(self, bundle: FoundBundle) -> Path:
         """Return the file of a bundle on this machine."""

@@ -71,8 +71,9 @@ class CostLaw:
         self._ratios = []
         if lower > _SAME_SPEED or upper < 1 / _SAME_SPEED:
             # As if all had been measured at the new speed: seconds times `median`, weights over its square.
-            for sums in self._sums:
-                sums[:] = [*(old / median**2 for old in sums[:6]), *(old / median for old in sums[6:])]
+            self._sums = [
+                [*(old / median**2 for old in sums[:6]), *(old / median for old in sums[6:])] for sums in self._sums
+            ]
             self._solve()
 
     def _solve(self) -> None:

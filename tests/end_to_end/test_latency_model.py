@@ -47,3 +47,17 @@ def test_encoding_teaches_what_a_text_costs(start, encoder_repository, eventuall
     eventually(lambda: learned(server, "encoder-fp32/1", "encode")[2] == 20)
     coefficients, error, _ = learned(server, "encoder-fp32/1", "encode")
     assert is_learned(coefficients, error), (coefficients, error)
+
+
+def test_a_restart_remembers_what_was_learned(start, tmp_path) -> None:
+    state = ("--models", "tiny-fp32", "--state-dir", str(tmp_path / "state"))
+    first = start(*state).wait_ready()
+    list(first.long_answer(50))
+    first.signal()
+    assert first.wait() == 0
+    second = start(*state).wait_ready()
+    coefficients, error, observations = learned(second, "tiny-fp32/1", "decode")
+    assert observations == 49
+    assert all(map(math.isfinite, coefficients))
+    assert math.isnan(error), "nothing was predicted yet"
+    assert "learns anew" not in second.log.read_text()
