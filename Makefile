@@ -38,6 +38,7 @@ gpu-test: $(READY) ## the tests that need a CUDA device
 
 bench: bundles ## tokens a second, the engine alone and through gRPC
 	$(BIN)/python tests/benchmarks/run.py
+	$(BIN)/python tests/benchmarks/prefixes.py
 
 bench-embeddings: bundles ## texts a second, beside sentence-transformers and CTranslate2 where they are installed
 	$(BIN)/python tests/benchmarks/embeddings.py

@@ -30,14 +30,17 @@ class BundleThread(ABC):
         kind: names the thread.
         manifest: of the bundle.
         checks: what was checked at load.
+        latency: has learned from these checks; a new one if None.
     """
 
     clock = staticmethod(time.perf_counter)
 
-    def __init__(self, kind: str, manifest: Manifest, checks: Sequence[Check]) -> None:
+    def __init__(
+        self, kind: str, manifest: Manifest, checks: Sequence[Check], latency: LatencyModel | None = None
+    ) -> None:
         self.manifest = manifest
         self.checks = tuple(checks)
-        self.latency = LatencyModel()
+        self.latency = LatencyModel() if latency is None else latency
         self._kind = kind
         self._accepts = True
         self._failed = False

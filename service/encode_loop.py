@@ -24,6 +24,7 @@ from service.engine.runtime import use_threads
 from service.errors import AttendantError, ExecutionFailed, QueueFull
 from service.metrics import ModelMetrics
 from service.scheduling.batching import BatchLimits, form_batch
+from service.scheduling.latency import LatencyModel
 from service.scheduling.work import encode_work
 
 logger = logging.getLogger(__name__)
@@ -109,8 +110,9 @@ class EncodeLoop(BundleThread):
         options: EncodeOptions,
         metrics: ModelMetrics,
         checks: Sequence[Check] = (),
+        latency: LatencyModel | None = None,
     ) -> None:
-        super().__init__("encoder", manifest, checks)
+        super().__init__("encoder", manifest, checks, latency)
         self._graph = graph
         self._options = options
         self._metrics = metrics
@@ -129,8 +131,13 @@ class EncodeLoop(BundleThread):
         verify_files(found)
         use_threads(options.threads)
         graph = EncodeGraph(found)
+        latency = LatencyModel()
+        graph.observer = latency.observe
         checks = check_encoder(found, graph)
-        return cls(manifest=found.manifest, graph=graph, options=options, metrics=metrics, checks=checks)
+        graph.observer = None
+        return cls(
+            manifest=found.manifest, graph=graph, options=options, metrics=metrics, checks=checks, latency=latency
+        )
 
     @property
     def capacity(self) -> int:

@@ -26,11 +26,13 @@ from service.engine.step_graph import StepGraph
 from service.errors import (
     AttendantError,
     ContextLengthExceeded,
+    DeadlineExceeded,
     ExecutionFailed,
     QueueFull,
 )
 from service.metrics import ModelMetrics
-from service.scheduling.plan import Event, FailureEvent, SearchEvent, StepPlan, StepResult, TokenEvent
+from service.scheduling.latency import LatencyModel
+from service.scheduling.plan import Event, ExpiryEvent, FailureEvent, SearchEvent, StepPlan, StepResult, TokenEvent
 from service.scheduling.request import Finish, Request, Token
 from service.scheduling.scheduler import Scheduler, SchedulerConfig, Snapshot
 from service.scheduling.work import Phase, plan_work
@@ -96,6 +98,7 @@ class TokenStream:
 
         Raises:
             ExecutionFailed: the graph failed on this request.
+            DeadlineExceeded: its time is over.
             Draining: the server stopped before the request was finished.
         """
         while not (self._tokens or self._finish or self._error or self._ended):
@@ -158,9 +161,10 @@ class EngineLoop(BundleThread):
         options: EngineOptions,
         metrics: ModelMetrics,
         checks: Sequence[Check] = (),
+        latency: LatencyModel | None = None,
         load_seconds: float = 0.0,
     ) -> None:
-        super().__init__("engine", manifest, checks)
+        super().__init__("engine", manifest, checks, latency)
         self.load_seconds = load_seconds
         self._engine = engine
         self._scheduler = scheduler
@@ -183,7 +187,10 @@ class EngineLoop(BundleThread):
         use_threads(options.threads)
         size = pool_size(found.manifest, options.num_slots, options.kv_memory)
         graph = StepGraph(found, options.num_slots, size.capacity)
+        latency = LatencyModel()
+        graph.observer = latency.observe
         checks = check_bundle(found, graph)
+        graph.observer = None
         config = SchedulerConfig(
             num_slots=options.num_slots,
             capacity=size.capacity,
@@ -201,6 +208,7 @@ class EngineLoop(BundleThread):
             options=options,
             metrics=metrics,
             checks=checks,
+            latency=latency,
             load_seconds=time.perf_counter() - started,
         )
 
@@ -277,10 +285,10 @@ class EngineLoop(BundleThread):
         """Hand a step's events to their streams and to the metrics; runs on the event loop."""
         for event in events:
             stream = self._streams.get(event.request.request_id)
-            if isinstance(event, FailureEvent):
+            if isinstance(event, FailureEvent | ExpiryEvent):
                 if stream is not None:
                     del self._streams[event.request.request_id]
-                    stream._fail(ExecutionFailed(event.message))
+                    stream._fail(self._error(event))
                 continue
             self._observe(event)
             if stream is not None:
@@ -291,6 +299,12 @@ class EngineLoop(BundleThread):
         self._measure(plan, result)
         self._publish_occupancy(snapshot)
         self._note_idle()
+
+    def _error(self, event: FailureEvent | ExpiryEvent) -> AttendantError:
+        if isinstance(event, FailureEvent):
+            return ExecutionFailed(event.message)
+        seconds = self.clock() - event.request.arrival
+        return DeadlineExceeded(seconds=seconds, phase=event.phase, tokens=event.num_tokens)
 
     def _publish_occupancy(self, snapshot: Snapshot) -> None:
         self._metrics.occupancy(
@@ -376,7 +390,8 @@ class EngineLoop(BundleThread):
 
     def _step(self) -> None:
         self._busy_since = self.clock()
+        events = self._scheduler.expire(self._busy_since)
         plan = self._scheduler.schedule(self._busy_since)
         result = self._engine.execute(plan)
-        events = self._scheduler.update(plan, result, self.clock())
+        events += self._scheduler.update(plan, result, self.clock())
         self._call_soon(self._publish, plan, result, events, self._scheduler.snapshot())

@@ -8,6 +8,7 @@
     |- ModelNotFound          no bundle of that name or version
     |- ModelUnavailable       the bundle was refused, is loading or has failed
     |- QueueFull              as many requests wait as may; worth trying again later
+    |- DeadlineExceeded       the answer was not finished within the latency budget
     |- Draining               the server is going away; worth trying elsewhere
     '- ExecutionFailed        the graph failed on this request
 
@@ -102,6 +103,19 @@ class QueueFull(AttendantError):
     def __init__(self, message: str, retry_after_seconds: float, metadata: Mapping[str, str] | None = None) -> None:
         super().__init__(message, metadata)
         self.retry_after_seconds = retry_after_seconds
+
+
+class DeadlineExceeded(AttendantError):
+    """A request's time is over: `tokens` of its answer were generated, none if it still waited or was being read."""
+
+    reason = "DEADLINE_EXCEEDED"
+
+    def __init__(self, *, seconds: float, phase: str, tokens: int) -> None:
+        super().__init__(
+            f"{seconds:.3g} s after it came the request was not finished ({phase}, {tokens} tokens generated); "
+            "allow more time, ask for fewer tokens, or try again when less is going on",
+            {"seconds": f"{seconds:.6f}", "phase": phase, "tokens": str(tokens)},
+        )
 
 
 class Draining(AttendantError):

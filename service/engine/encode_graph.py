@@ -3,7 +3,8 @@
 Axes: rows B, tokens S, places P whose logits are wanted, width or number of classes E.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from attendant.bundle import LOGIT_ROWS, ROWS, TOKENS, GraphKind, Role
 from service.bundle import BundleRefused, FoundBundle
 from service.engine.runtime import create_session
+from service.scheduling.work import Phase, Work, encode_work
 
 Array = NDArray[np.float32]
 
@@ -38,6 +40,8 @@ class Item:
 class EncodeGraph:
     """Runs texts or images of one bundle together.
 
+    `observer`, if any, is told of every run: its phase, its work, its seconds.
+
     Args:
         found: a bundle whose files were verified.
 
@@ -62,6 +66,7 @@ class EncodeGraph:
                 f"{self._output.name} has the axes {self._output.axes}, which this build does not serve"
             )
         self._axes = axes
+        self.observer: Callable[[Phase, Work, float], object] | None = None
         self._session = create_session(found.directory, graph)
 
     @property
@@ -86,7 +91,11 @@ class EncodeGraph:
         """
         assert items, "no items: ONNX Runtime would not survive it"
         feed = {self._inputs[role]: array for role, array in self._feed(items).items()}
+        started = time.perf_counter()
         (output,) = self._session.run([self._output.name], feed)
+        if self.observer is not None:
+            work = encode_work(len(items), max(item.length for item in items))
+            self.observer("encode", work, time.perf_counter() - started)
         if self._axes == (ROWS,):
             return list(output)
         if self._axes == (ROWS, TOKENS):

@@ -7,7 +7,8 @@ mean "no row has a past" and destroy one that has; raw addresses do not keep arr
 Axes: rows B, new tokens T, slots S, vocabulary V.
 """
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnxruntime as ort
@@ -18,6 +19,7 @@ from service.bundle import BundleRefused, FoundBundle
 from service.engine.pools import make_pool, source_capacity
 from service.engine.runtime import create_session
 from service.engine.source_graph import Made, SourceGraph
+from service.scheduling.work import Phase, Work, decode_work, prefill_work
 
 Logits = NDArray[np.float32]
 
@@ -54,7 +56,8 @@ class _Binding:
 class StepGraph:
     """Runs decode rows and prefill chunks of one bundle on its state pools. Not thread-safe.
 
-    `sources` is what reads a source before a sequence about it begins, or None where there are no sources.
+    `sources` is what reads a source before a sequence about it begins, or None where there are no sources. `observer`,
+    if any, is told of every run: its phase, its work, its seconds.
 
     Args:
         found: a bundle whose files were verified.
@@ -96,6 +99,7 @@ class StepGraph:
         self._logits_index = np.arange(num_slots, dtype=np.int64)
         self._logits = np.zeros((num_slots, self.vocab_size), np.float32)
         self._decode_bindings: dict[tuple[int, int], _Binding] = {}
+        self.observer: Callable[[Phase, Work, float], object] | None = None
         self._chunk_bindings: dict[int, _Binding] = {}
 
     @property
@@ -141,7 +145,10 @@ class StepGraph:
             binding.input(self._names[Role.LENGTHS], self._lengths[:num_rows])
             binding.input(self._names[Role.LOGITS_INDEX], self._logits_index[:num_rows])
             binding.output(self._names[Role.LOGITS], self._logits[:num_rows])
+        started = time.perf_counter()
         binding.run()
+        if self.observer is not None:
+            self.observer("decode", decode_work(lengths), time.perf_counter() - started)
         kept = range(num_rows) if real is None else real
         self._keep({first_slot + row: lengths[row] for row in kept})
         return self._logits[:num_rows]
@@ -187,7 +194,10 @@ class StepGraph:
         binding.input(self._names[Role.LENGTHS], np.array([end], np.int32))
         binding.input(self._names[Role.LOGITS_INDEX], wanted.astype(np.int64))
         binding.output(self._names[Role.LOGITS], logits)
+        started = time.perf_counter()
         binding.run()
+        if self.observer is not None and not every_position:  # logits of every position are what no request costs
+            self.observer("prefill", prefill_work(start, num_tokens), time.perf_counter() - started)
         self._keep({slot: end})
         return logits
 

@@ -4,6 +4,7 @@ Reading has two halves, because tokenising lies between them: `read_options` and
 and are cheap; `to_request` knows how long the prompt is.
 """
 
+import math
 import re
 import secrets
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ MAX_STOP_STRING_CHARACTERS = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_TOP_LOGPROBS = 20
 MAX_BEAM_WIDTH = 32
+MAX_BUDGET_SECONDS = 86_400
 GREEDY = SamplingParams(temperature=0.0)
 
 _WITH_BEAM = ("max_tokens", "n")
@@ -32,7 +34,7 @@ _REQUEST_ID = re.compile(r"[\x20-\x7e]{1,128}")
 class Options:
     """What a request asks for, apart from its prompt; `max_tokens` is None if it is silent.
 
-    A beam search goes by the `top_logprobs` of each step.
+    A beam search goes by the `top_logprobs` of each step; `latency_budget` is in seconds.
     """
 
     request_id: str
@@ -48,6 +50,7 @@ class Options:
     alignment: bool
     priority: int
     beam: Beam | None
+    latency_budget: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,6 @@ def read_options(message: pb.GenerateRequest, manifest: Manifest) -> Options:
         Unsupported: the API declares it, this build does not do it.
     """
     vocabulary = vocabulary_of(manifest)
-    _refuse_unbuilt(message)
     sampling, stop, output = message.sampling, message.stop, message.output
     max_tokens = sampling.max_tokens if sampling.HasField("max_tokens") else None
     if max_tokens is not None and max_tokens < 1:
@@ -148,6 +150,7 @@ def read_options(message: pb.GenerateRequest, manifest: Manifest) -> Options:
         alignment=output.alignment,
         priority=message.priority,
         beam=beam,
+        latency_budget=_read_budget(message),
     )
 
 
@@ -311,6 +314,8 @@ def to_request(
         raise InvalidField(
             "sampling.min_tokens", options.min_tokens, f"must be at most sampling.max_tokens, here {max_tokens}"
         )
+    if options.latency_budget is not None:
+        deadline = min(arrival + options.latency_budget, math.inf if deadline is None else deadline)
     return Request(
         request_id=engine_id,
         prompt=prompt,
@@ -333,9 +338,13 @@ def _weights(manifest: Manifest) -> tuple[WeightsSpec, ...]:
     return () if manifest.explain is None else manifest.explain.weights
 
 
-def _refuse_unbuilt(message: pb.GenerateRequest) -> None:
-    if message.HasField("latency_budget"):
-        raise Unsupported("latency_budget: not served by this build", {"field": "latency_budget"})
+def _read_budget(message: pb.GenerateRequest) -> float | None:
+    if not message.HasField("latency_budget"):
+        return None
+    seconds = message.latency_budget.seconds + message.latency_budget.nanos / 1e9
+    if not 0 < seconds <= MAX_BUDGET_SECONDS:
+        raise InvalidField("latency_budget", f"{seconds:.7g} s", f"must be in (0, {MAX_BUDGET_SECONDS}] seconds")
+    return seconds
 
 
 def _read_stop_strings(stop: pb.StopConditions) -> tuple[str, ...]:

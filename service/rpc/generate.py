@@ -8,7 +8,7 @@ import grpc
 
 from attendant.v1 import generation_pb2 as pb
 from service.engine_loop import EngineLoop, TokenStream
-from service.errors import AttendantError, InvalidField, TextTooLong
+from service.errors import AttendantError, DeadlineExceeded, InvalidField, TextTooLong
 from service.metrics import ServerMetrics
 from service.rpc.alignment import Alignment
 from service.rpc.answer import Answer, wire_reason
@@ -91,6 +91,9 @@ class Generating:
             await self._write(accepted, context)
         except asyncio.CancelledError:
             metrics.failed("deadline" if ended_by(context) is grpc.StatusCode.DEADLINE_EXCEEDED else "cancelled")
+            raise
+        except DeadlineExceeded:
+            metrics.failed("deadline")
             raise
         except Exception:
             metrics.failed("error")

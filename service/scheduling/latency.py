@@ -106,6 +106,7 @@ class LatencyModel:
                     )
                 laws[phase][int(key)] = CostLaw.from_dict(law)
         self._laws = laws
+        self._errors = {phase: deque(maxlen=_ERRORS) for phase in PHASES}
 
 
 _KEYS = frozenset(str(key) for key in range(1, MAX_ACTIVE + 1))

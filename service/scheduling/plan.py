@@ -121,6 +121,15 @@ class SearchEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpiryEvent:
+    """A request's deadline has passed; it was in `phase` and had got `num_tokens`."""
+
+    request: Request
+    phase: str
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class FailureEvent:
     """A request ended because the graph failed on it."""
 
@@ -128,4 +137,4 @@ class FailureEvent:
     message: str
 
 
-Event = TokenEvent | SearchEvent | FailureEvent
+Event = TokenEvent | SearchEvent | ExpiryEvent | FailureEvent

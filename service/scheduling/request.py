@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+PATIENCE_SECONDS = 60.0
+"""How long a request without a deadline is taken to be willing to wait: so those with later ones do not pass it."""
+
 
 class FinishReason(Enum):
     """Why a request ended well."""
@@ -97,6 +100,11 @@ class Request:
     def max_total_tokens(self) -> int:
         """Positions that the whole sequence can come to occupy."""
         return len(self.prompt) + self.max_tokens
+
+    @property
+    def due(self) -> float:
+        """When it should be finished: at its deadline, or else as if it could wait for a minute."""
+        return self.arrival + PATIENCE_SECONDS if self.deadline is None else self.deadline
 
     @property
     def num_slots(self) -> int:

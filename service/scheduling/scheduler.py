@@ -17,6 +17,7 @@ from service.scheduling.plan import (
     Chunk,
     Encode,
     Event,
+    ExpiryEvent,
     FailureEvent,
     Move,
     Row,
@@ -111,8 +112,8 @@ class _Sequence:
     last_token_at: float = 0.0
 
     @property
-    def urgency(self) -> tuple[int, float]:
-        return (-self.request.priority, self.request.arrival)
+    def urgency(self) -> tuple[int, float, float]:
+        return (-self.request.priority, self.request.due, self.request.arrival)
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -230,6 +231,15 @@ class Scheduler:
         return bool(self._sequences)
 
     # What to do
+
+    def expire(self, now: float) -> list[Event]:
+        """Forget requests whose deadline has passed, before they cost another step."""
+        expired = [s for s in self._sequences.values() if s.request.deadline is not None and s.request.deadline <= now]
+        events: list[Event] = []
+        for sequence in expired:
+            self.cancel(sequence.request.request_id)
+            events.append(ExpiryEvent(sequence.request, sequence.phase.value, sequence.num_output))
+        return events
 
     def schedule(self, now: float) -> StepPlan:
         """Decide the next step. Admission, moves and releases take effect at once, tokens with `update`."""

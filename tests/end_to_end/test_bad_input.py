@@ -1,7 +1,6 @@
 """What a bad request gets: code, reason, and the field with its value and limit."""
 
 import pytest
-from google.protobuf.duration_pb2 import Duration
 
 from attendant.v1 import generation_pb2 as pb
 from attendant.v1 import inference_service_pb2 as service_pb
@@ -82,7 +81,6 @@ def test_what_just_fits_is_served(server) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"latency_budget": Duration(seconds=1)},
         {"audio": b"RIFF", "token_ids": None},
     ],
 )

@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from attendant.v1 import generation_pb2 as pb
 from attendant.v1 import inference_service_pb2 as service_pb
@@ -159,3 +160,10 @@ def test_a_prompt_that_begins_as_an_earlier_one_is_computed_from_where_they_part
     again = list(server.long_answer(8, token_ids=pb.TokenIds(ids=[*ids, 7, 8, 9])))[-1].finished.usage
     assert (first.cached_tokens, again.prompt_tokens, again.cached_tokens) == (0, 123, 120)
     assert server.value("attendant_tokens_total", model="tiny-fp32/1", kind="prompt_cached") == before + 120
+
+
+def test_a_latency_budget_ends_an_answer_with_what_it_had_come_to(server, refusal_of) -> None:
+    budget = Duration(nanos=30_000_000)
+    refusal = refusal_of(lambda: list(server.long_answer(250, latency_budget=budget)))
+    assert (refusal.code.name, refusal.reason) == ("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED")
+    assert list(server.long_answer(5, latency_budget=Duration(seconds=50)))[-1].finished.usage.output_tokens == 5

@@ -1,6 +1,5 @@
 """After known traffic a scrape over HTTP shows exactly that traffic."""
 
-from google.protobuf.duration_pb2 import Duration
 from prometheus_client.parser import text_string_to_metric_families
 
 from attendant.v1 import generation_pb2 as pb
@@ -15,7 +14,7 @@ def test_traffic_is_counted_by_length_code_and_reason(start, refusal_of, eventua
         list(server.long_answer(20, token_ids=pb.TokenIds(ids=[length] * length)))
     refusal_of(lambda: list(server.generate(prompt="")))
     refusal_of(lambda: list(server.generate("nobody")))
-    refusal_of(lambda: list(server.generate(latency_budget=Duration(seconds=1))))
+    refusal_of(lambda: list(server.generate(audio=b"RIFF", token_ids=None)))
 
     def count(name: str, **labels: str) -> float:
         return server.value(f"attendant_{name}", **MODEL, **labels)

@@ -189,7 +189,6 @@ def test_logit_bias_has_a_bounded_number_of_entries(manifest: Manifest) -> None:
 
 
 def test_what_the_api_declares_but_nobody_built_is_refused(manifest: Manifest) -> None:
-    assert isinstance(options_error(manifest, latency_budget=Duration()), Unsupported)
     with pytest.raises(Unsupported, match="audio"):
         inputs_of(manifest, audio=b"x")
 
@@ -365,6 +364,20 @@ def test_each_kind_of_prompt_is_read() -> None:
     assert read(token_ids=pb.TokenIds(ids=[3, 1])) == PromptTokens((3, 1))
     turn = pb.ChatMessage(role="user", content="")
     assert read(messages=pb.ChatMessages(messages=[turn])) == Conversation((("user", ""),))
+
+
+@pytest.mark.parametrize("budget", [Duration(), Duration(seconds=-1), Duration(seconds=86_401)])
+def test_a_latency_budget_out_of_range_is_refused(manifest: Manifest, budget: Duration) -> None:
+    error = options_error(manifest, latency_budget=budget)
+    assert isinstance(error, InvalidField) and error.field == "latency_budget"
+
+
+@pytest.mark.parametrize(("deadline", "expected"), [(None, 6.5), (7.0, 6.5), (6.0, 6.0)])
+def test_the_earlier_of_budget_and_deadline_counts(manifest: Manifest, deadline: float | None, expected: float) -> None:
+    budget = Duration(seconds=1, nanos=500_000_000)
+    options = read_options(pb.GenerateRequest(model="m", prompt="x", latency_budget=budget), manifest)
+    request = to_request(options, (1,), engine_id="1", capacity=99, arrival=5.0, deadline=deadline)
+    assert request.deadline == expected
 
 
 def test_a_prompt_without_tokens_is_refused(manifest: Manifest) -> None:

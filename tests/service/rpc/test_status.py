@@ -36,6 +36,7 @@ ERRORS = [
     (errors.ModelNotFound("there is no model 'x'"), "NOT_FOUND", "MODEL_NOT_FOUND"),
     (errors.ModelUnavailable("model x/1 is not served"), "UNAVAILABLE", "MODEL_UNAVAILABLE"),
     (errors.QueueFull("9 requests run or wait", 1.5, {"requests": "9"}), "RESOURCE_EXHAUSTED", "QUEUE_FULL"),
+    (errors.DeadlineExceeded(seconds=1.5, phase="decode", tokens=7), "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"),
     (errors.Draining("the server is stopping"), "UNAVAILABLE", "SERVER_DRAINING"),
     (errors.ExecutionFailed("the graph failed"), "INTERNAL", "EXECUTION_FAILED"),
 ]

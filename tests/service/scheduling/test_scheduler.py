@@ -484,6 +484,35 @@ def test_urgent_requests_go_first_and_equal_ones_in_order_of_arrival() -> None:
     assert order == ["urgent", "early", "late"]
 
 
+def test_of_equal_priority_the_earliest_deadline_goes_first_and_none_is_a_minute() -> None:
+    walk = Walk(config(num_slots=1))
+    deadlines = {"patient": 100.0, "hurried": 10.0, "silent": None, "late and silent": None}
+    for number, (name, deadline) in enumerate(deadlines.items()):
+        walk.add(make_request(name, 4, 1, arrival=0.1 * number, deadline=deadline))
+    order = []
+    while walk.scheduler.has_work:
+        order += [event.request.request_id for event in walk.step()]
+    assert order == ["hurried", "silent", "late and silent", "patient"]
+
+
+def test_what_is_past_its_deadline_costs_no_further_step() -> None:
+    walk = Walk(config(num_slots=1))
+    walk.add(make_request("running", 4, 50, deadline=2.5, eos_token_ids=frozenset()))
+    walk.add(make_request("waiting", 4, 5, deadline=3.0, arrival=1.0))
+    walk.add(make_request("unhurried", 4, 2, arrival=1.0, eos_token_ids=frozenset()))
+    assert walk.scheduler.expire(2.0) == []
+    for _ in range(3):
+        walk.step()
+    assert [(e.request.request_id, e.phase, e.num_tokens) for e in walk.scheduler.expire(3.0)] == [
+        ("running", "decode", 3),
+        ("waiting", "waiting", 0),
+    ]
+    walk.check()
+    while walk.scheduler.has_work:
+        walk.step()
+    assert walk.finished == {"unhurried": FinishReason.LENGTH}
+
+
 def test_a_small_request_does_not_overtake_a_large_one_that_waits_for_memory() -> None:
     walk = Walk(config(capacity=64, kv_budget=64))
     walk.add(make_request("running", 16, 16, eos_token_ids=frozenset()))
