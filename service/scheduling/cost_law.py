@@ -17,7 +17,7 @@ from statistics import quantiles
 from service.scheduling.non_negative import NUM_SUMS, Triple, products, solve
 from service.scheduling.work import Work
 
-ENOUGH = 8
+ENOUGH = 16
 """Observations before anything is predicted."""
 
 _MEMORIES = (256, 20_000)  # observations after which the newer and the older memory keep 1/e

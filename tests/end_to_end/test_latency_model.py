@@ -28,9 +28,7 @@ def is_learned(coefficients: list[float], error: float) -> bool:
 def test_generation_teaches_what_reading_and_writing_cost(start, eventually) -> None:
     server = start("--models", "tiny-fp32").wait_ready()
     profile = {phase: learned(server, "tiny-fp32/1", phase) for phase in ("prefill", "decode")}
-    for phase, (coefficients, _, observations) in profile.items():
-        assert observations > 0, "the checks at load are a first profile"
-        assert all(map(math.isfinite, coefficients)), phase
+    assert all(observations > 0 for _, _, observations in profile.values()), "the checks at load are a first profile"
     assert all(map(math.isnan, learned(server, "tiny-fp32/1", "encode")[0])), "it reads no sources"
     for length in range(4, 24):  # of other tokens each, so that none has anything to reuse
         list(server.long_answer(10, token_ids=pb.TokenIds(ids=[length] * length)))
