@@ -249,8 +249,8 @@ class Scheduler:
             releases += released
         limit = self.config.chunk_tokens if self._in(Phase.DECODE) else self.config.idle_chunk_tokens
         encodes = self._next_encodes(limit, now)
+        chunks = self._next_chunks(limit, now, moves)  # before the rows: a parked one is written behind what was copied
         first_slot, rows = self._decode_rows(now)
-        chunks = self._next_chunks(limit, now, moves)
         return StepPlan(
             releases=tuple(releases),
             moves=tuple(moves),
@@ -275,6 +275,8 @@ class Scheduler:
         for sequence in sorted(self._in(Phase.WAITING), key=lambda waiting: waiting.urgency):
             request = sequence.request
             found = self._prefixes.longest(request.prompt) if self._reuses_prefix(request) else None
+            if found is not None:
+                self._ledger.touch(found[0])
             preferred = self._preferred(found)
             placed = self._ledger.acquire(
                 self.config.held(request.max_total_tokens),
@@ -327,7 +329,6 @@ class Scheduler:
         self._prefixes.put(slot, Prefix(prompt, length))
         if source == slot:
             return None
-        self._ledger.touch(source)
         moves.append(Move(source, slot, length))
         return source
 

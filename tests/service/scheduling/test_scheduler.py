@@ -373,6 +373,29 @@ def test_running_requests_lend_their_beginning() -> None:
     )
 
 
+def test_a_beginning_that_comes_while_a_slot_is_parked_is_not_written_over() -> None:
+    """A prompt waits between two decode rows until another one has computed what both begin with."""
+    walk = Walk(config(num_slots=4, kv_budget=4 * 128, reuses_prefixes=True))
+    for name in ("low", "leaves", "high"):
+        walk.add(make_request(name, 2, 60, eos_token_ids=frozenset()))
+    for _ in range(4):
+        walk.step()
+    computes = make_request("computes", 1, 2, priority=1, eos_token_ids=frozenset())
+    walk.add(replace(computes, prompt=TRUNK[:48]))
+    walk.step()
+    walk.cancel("leaves")
+    waits = replace(computes, request_id="waits", priority=0, prompt=(*TRUNK[:40], 1, 2, 3))
+    walk.add(waits)
+    events = []
+    while walk.scheduler.has_work:
+        events += walk.step()
+    (first,) = [event for event in events if event.request.request_id == "waits" and event.is_first]
+    assert (walk.outputs["waits"], first.cached_tokens) == (oracle(waits)[0], 40)
+    assert (walk.outputs["low"], walk.outputs["high"]) == tuple(
+        oracle(make_request(name, 2, 60, eos_token_ids=frozenset()))[0] for name in ("low", "high")
+    )
+
+
 def test_nobody_begins_with_what_a_failed_request_left() -> None:
     walk = Walk(config(reuses_prefixes=True, idle_chunk_tokens=128))
     walk.add(replace(make_request("poison", 1, 9, eos_token_ids=frozenset()), prompt=TRUNK[:40]))
