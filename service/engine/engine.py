@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from service.engine.sampling import NotFinite, Sampler
 from service.engine.step_graph import StepGraph
-from service.scheduling.plan import Chunk, Encode, Sample, StepPlan, StepResult
+from service.scheduling.plan import Chunk, Encode, Release, Sample, StepPlan, StepResult
 from service.scheduling.request import Token
 
 logger = logging.getLogger(__name__)
@@ -38,10 +38,11 @@ class Engine:
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Carry out a plan and return a token or a failure for each of its samples."""
-        for slot in plan.releases:
-            self.graph.release(slot)
-        for move in plan.moves:
-            self.graph.copy(move.source, move.destination, move.length)
+        for change in plan.memory:
+            if isinstance(change, Release):
+                self.graph.release(change.slot)
+            else:
+                self.graph.copy(change.source, change.destination, change.length)
         tokens: dict[int, Token] = {}
         failures: dict[str, str] = {}
         times = [self._clock()]

@@ -56,8 +56,15 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class Release:
+    """Give the memory of a slot back."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
 class Move:
-    """Copy a sequence of `length` positions from one slot to another, before anything runs."""
+    """Copy a sequence of `length` positions from one slot to another."""
 
     source: int
     destination: int
@@ -66,13 +73,12 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: first `releases`, then `moves`, then `encodes`, then the decode rows, then the chunks.
+    """One step: first `memory`, in its order, then `encodes`, then the decode rows, then the chunks.
 
     Row i is slot `first_slot` + i.
     """
 
-    releases: tuple[int, ...] = ()
-    moves: tuple[Move, ...] = ()
+    memory: tuple[Release | Move, ...] = ()
     encodes: tuple[Encode, ...] = ()
     first_slot: int = 0
     rows: tuple[Row, ...] = ()

@@ -20,6 +20,7 @@ from service.scheduling.plan import (
     ExpiryEvent,
     FailureEvent,
     Move,
+    Release,
     Row,
     Sample,
     SearchEvent,
@@ -243,17 +244,19 @@ class Scheduler:
 
     def schedule(self, now: float) -> StepPlan:
         """Decide the next step. Admission, moves and releases take effect at once, tokens with `update`."""
-        moves = self._beam_copies()
-        releases = self._admit(now, moves)
-        while (hole := self._hole()) is not None and (released := self._fill(hole, moves)) is not None:
-            releases += released
+        # What is decided later reads memory as it is left by what was decided before.
+        memory = self._beam_copies()
+        self._admit(now, memory)
+        while (hole := self._hole()) is not None and self._fill(hole, memory):
+            pass
         limit = self.config.chunk_tokens if self._in(Phase.DECODE) else self.config.idle_chunk_tokens
         encodes = self._next_encodes(limit, now)
-        chunks = self._next_chunks(limit, now, moves)  # before the rows: a parked one is written behind what was copied
+        chunks = self._next_chunks(
+            limit, now, memory
+        )  # before the rows: a parked one is written behind what was copied
         first_slot, rows = self._decode_rows(now)
         return StepPlan(
-            releases=tuple(releases),
-            moves=tuple(moves),
+            memory=tuple(memory),
             encodes=encodes,
             first_slot=first_slot,
             rows=rows,
@@ -262,16 +265,20 @@ class Scheduler:
 
     def release_idle(self) -> StepPlan:
         """Plan to give back the memory of all free slots."""
-        released = self._ledger.release_idle()
-        self._forget(released)
-        return StepPlan(releases=released)
+        memory: list[Release | Move] = []
+        self._release(self._ledger.release_idle(), memory)
+        return StepPlan(memory=tuple(memory))
+
+    def _release(self, slots: Iterable[int], memory: list[Release | Move]) -> None:
+        for slot in slots:
+            self._prefixes.put(slot, NOTHING)
+            memory.append(Release(slot))
 
     def _forget(self, slots: Iterable[int]) -> None:
         for slot in slots:
             self._prefixes.put(slot, NOTHING)
 
-    def _admit(self, now: float, moves: list[Move]) -> list[int]:
-        releases: list[int] = []
+    def _admit(self, now: float, memory: list[Release | Move]) -> None:
         for sequence in sorted(self._in(Phase.WAITING), key=lambda waiting: waiting.urgency):
             request = sequence.request
             found = self._prefixes.longest(request.prompt) if self._reuses_prefix(request) else None
@@ -287,16 +294,12 @@ class Scheduler:
             if placed is None:
                 break  # in order: a small request does not starve a large one
             (first, *spare), released = placed
-            self._forget(released)
+            self._release(released, memory)
             self._forget(spare)
             sequence.branches, sequence.spare_slots = [_Branch(first)], spare
-            source = self._begin(sequence, found, moves)
+            self._begin(sequence, found, memory)
             sequence.phase = self._first_phase(request) if request.source is None else Phase.ENCODE
             sequence.admitted_at = now
-            releases += released
-            if source in self._ledger.free:
-                break  # what is copied from it must not be given back first
-        return releases
 
     def _reuses_prefix(self, request: Request) -> bool:
         return self.config.reuses_prefixes and request.source is None
@@ -317,22 +320,20 @@ class Scheduler:
             return next(slot for slot in self._ledger.by_use() if slot in free)
         return min(free, default=None)
 
-    def _begin(self, sequence: _Sequence, found: tuple[int, int] | None, moves: list[Move]) -> int | None:
-        """Begin a prompt with what is there of it, and return the slot from which that is copied, if it is."""
+    def _begin(self, sequence: _Sequence, found: tuple[int, int] | None, memory: list[Release | Move]) -> None:
+        """Begin a prompt with what is there of it, in its own slot or in another."""
         slot, prompt = sequence.branches[0].slot, sequence.request.prompt
         sequence.num_computed = sequence.num_cached = 0
         self._prefixes.put(slot, self._prefixes[slot] if found is not None and found[0] == slot else NOTHING)
         if found is None or not self._prefixes[found[0]].length:  # its pages may have been given back just now
-            return None
+            return
         source, length = found
         sequence.num_computed = sequence.num_cached = length
         self._prefixes.put(slot, Prefix(prompt, length))
-        if source == slot:
-            return None
-        moves.append(Move(source, slot, length))
-        return source
+        if source != slot:
+            memory.append(Move(source, slot, length))
 
-    def _catch_up(self, sequence: _Sequence, moves: list[Move]) -> None:
+    def _catch_up(self, sequence: _Sequence, memory: list[Release | Move]) -> None:
         """Look again for a beginning, before a prompt's first chunk: others were computed since it was admitted."""
         request, slot = sequence.request, sequence.branches[0].slot
         if sequence.num_computed > sequence.num_cached or not self._reuses_prefix(request):
@@ -343,18 +344,18 @@ class Scheduler:
             sequence.num_cached = sequence.num_computed
             self._prefixes.put(slot, Prefix(request.prompt, sequence.num_computed))
             self._ledger.touch(source)
-            moves.append(Move(source, slot, sequence.num_computed))
+            memory.append(Move(source, slot, sequence.num_computed))
 
     def _first_phase(self, request: Request) -> Phase:
         """Return how the prompt is read: in chunks, or as decode rows if it has one token or all go so."""
         return Phase.DECODE if len(request.prompt) == 1 or self.config.prefill_chunk == 1 else Phase.PREFILL
 
-    def _beam_copies(self) -> list[Move]:
-        moves = []
+    def _beam_copies(self) -> list[Release | Move]:
+        copies: list[Release | Move] = []
         for sequence in self._sequences.values():
-            moves += sequence.copies
+            copies += sequence.copies
             sequence.copies = []
-        return moves
+        return copies
 
     def _decoding(self) -> Iterator[tuple[_Sequence, _Branch]]:
         for sequence in self._in(Phase.DECODE):
@@ -368,16 +369,17 @@ class Scheduler:
             return None
         return min((slot for slot in self._ledger.free if min(slots) < slot < max(slots)), default=None)
 
-    def _fill(self, hole: int, moves: list[Move]) -> tuple[int, ...] | None:
+    def _fill(self, hole: int, memory: list[Release | Move]) -> bool:
         """Move the highest decode row into the hole, if memory holds both copies for a moment."""
         sequence, highest = max(self._decoding(), key=lambda pair: pair[1].slot)
         released = self._ledger.move(highest.slot, hole)
-        if released is not None:
-            self._forget(released)
-            self._prefixes.put(hole, self._prefixes[highest.slot])
-            moves.append(Move(highest.slot, hole, sequence.num_computed))
-            highest.slot = hole
-        return released
+        if released is None:
+            return False
+        self._release(released, memory)
+        self._prefixes.put(hole, self._prefixes[highest.slot])
+        memory.append(Move(highest.slot, hole, sequence.num_computed))
+        highest.slot = hole
+        return True
 
     def _next_encodes(self, limit: int, now: float) -> tuple[Encode, ...]:
         """Take sources of as many tokens as the limit allows, and at least one."""
@@ -424,14 +426,14 @@ class Scheduler:
         sample = _sample(request, branch) if sequence.reads_its_last else None
         return Row(request.request_id, token_id, position + 1, sample)
 
-    def _next_chunks(self, limit: int, now: float, moves: list[Move]) -> tuple[Chunk, ...]:
+    def _next_chunks(self, limit: int, now: float, memory: list[Release | Move]) -> tuple[Chunk, ...]:
         """Take the most urgent prompt as far as the limit allows, then others that end within what is left of it."""
         chunks: list[Chunk] = []
         left = limit
         for sequence in sorted(self._in(Phase.PREFILL), key=lambda waiting: waiting.urgency):
             if chunks and left < MIN_CHUNK:
                 break
-            self._catch_up(sequence, moves)
+            self._catch_up(sequence, memory)
             request, start = sequence.request, sequence.num_computed
             remaining = len(request.prompt) - start
             if self.config.prefill_chunk is not None:

@@ -16,7 +16,7 @@ import torch
 
 from models.beam import BeamSearch, search
 from service.scheduling.invariants import violations
-from service.scheduling.plan import Event, FailureEvent, Sample, SearchEvent, StepPlan, StepResult, TokenEvent
+from service.scheduling.plan import Event, FailureEvent, Release, Sample, SearchEvent, StepPlan, StepResult, TokenEvent
 from service.scheduling.request import Beam, FinishReason, Hypothesis, Request, Source, Token
 from service.scheduling.scheduler import Scheduler, SchedulerConfig, chunk_length
 
@@ -51,12 +51,13 @@ class VirtualEngine:
 
     def execute(self, plan: StepPlan) -> StepResult:
         tokens = {}
-        for slot in plan.releases:
-            self.slots[slot] = []
-        for move in plan.moves:
-            assert len(self.slots[move.source]) >= move.length
-            self.slots[move.destination] = self.slots[move.source][: move.length]
-            self.sources[move.destination] = self.sources[move.source]
+        for change in plan.memory:
+            if isinstance(change, Release):
+                self.slots[change.slot] = []
+                continue
+            assert len(self.slots[change.source]) >= change.length
+            self.slots[change.destination] = self.slots[change.source][: change.length]
+            self.sources[change.destination] = self.sources[change.source]
         for encode in plan.encodes:
             self.slots[encode.slot] = []
             self.sources[encode.slot] = encode.source
@@ -384,7 +385,7 @@ def test_a_beginning_that_comes_while_a_slot_is_parked_is_not_written_over() -> 
     walk.add(replace(computes, prompt=TRUNK[:48]))
     walk.step()
     walk.cancel("leaves")
-    waits = replace(computes, request_id="waits", priority=0, prompt=(*TRUNK[:40], 1, 2, 3))
+    waits = replace(computes, request_id="waits", priority=0, prompt=(*TRUNK[:40], TRUNK[40] ^ 1, 2, 3))
     walk.add(waits)
     events = []
     while walk.scheduler.has_work:
@@ -480,7 +481,7 @@ def test_decode_rows_are_closed_up_when_a_row_finishes_and_nobody_waits() -> Non
     while "short" not in walk.finished:
         walk.step()
     plan = walk.scheduler.schedule(walk.now)
-    assert len(plan.moves) <= 1
+    assert len(plan.memory) <= 1
     walk.engine.execute(plan)
     assert len(plan.rows) == sum(row.sample is not None for row in plan.rows)
 
@@ -493,7 +494,7 @@ def test_a_waiting_request_takes_the_hole_instead_of_a_copy() -> None:
     while "first" not in walk.finished:
         walk.step()
     plan = walk.scheduler.schedule(walk.now)
-    assert plan.moves == ()
+    assert plan.memory == ()
     assert [(chunk.request_id, chunk.slot) for chunk in plan.chunks] == [("third", 0)]
 
 
