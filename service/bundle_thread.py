@@ -66,7 +66,7 @@ class BundleThread(ABC):
     @property
     def num_active(self) -> int:
         """Bundles of the process that compute now, this one always included."""
-        return sum(thread is self or thread._busy_since is not None for thread in self._threads)
+        return 1 + sum(thread is not self and thread._busy_since is not None for thread in self._threads)
 
     def start(self, threads: "list[BundleThread] | None" = None) -> None:
         """Start the thread; call it on the event loop that will submit.
