@@ -20,10 +20,10 @@ EXPORT_SOURCES := $(shell find models export -name '*.py' -not -path 'models/rec
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 16
 
-demo: bundles ## real weights to bundles to a server, a streamed answer, and latency by length
+demo: $(DEMO_BUNDLES:%=$(BUNDLES)/%/1/manifest.json) ## real weights to bundles to a server, a streamed answer, and latency by length
 	$(BIN)/python tests/end_to_end/demo.py $(BUNDLES)
 
-serve: bundles ## the demo bundles on ports 8001 (gRPC) and 8002 (metrics), until Ctrl-C
+serve: bundles ## all bundles on ports 8001 (gRPC) and 8002 (metrics), until Ctrl-C
 	$(BIN)/python -m service --repository $(BUNDLES)
 
 test: bundles ## prove it, the slow tests aside
@@ -84,10 +84,7 @@ $(eval $(call trained,vit-digits,digits))
 $(eval $(call trained,hard-digits,digits-hard))
 $(eval $(call trained,mlm,mlm))
 
-# Two at a time: tracing takes one core.
-bundles: $(READY) ## export what is served
-	@$(MAKE) --silent --no-print-directory --jobs=2 --output-sync=line \
-		$(patsubst %,$(BUNDLES)/%/1/manifest.json,$(DEMO_BUNDLES) $(TRAINED_BUNDLES))
+bundles: $(patsubst %,$(BUNDLES)/%/1/manifest.json,$(DEMO_BUNDLES) $(TRAINED_BUNDLES)) ## export what is served
 
 $(BUNDLES)/smollm2-135m/1/manifest.json: PRECISION := int8
 $(BUNDLES)/smollm2-135m-fp32/1/manifest.json: PRECISION := fp32
