@@ -63,7 +63,7 @@ def _read(request: pb.EmbedRequest, reading: Reading) -> list[Input]:
 
 def _respond(request: pb.EmbedRequest, inputs: Sequence[Input], answer: Answer[Vector]) -> pb.EmbedResponse:
     embeddings = [
-        pb.Embedding(values=vector, tokens=each.item.length, truncated=each.truncated)
+        pb.Embedding(values=vector.tolist(), tokens=each.item.length, truncated=each.truncated)
         for each, vector in zip(inputs, answer.results, strict=True)
     ]
     return pb.EmbedResponse(embeddings=embeddings, model=answer.model, usage=answer.usage, timings=answer.timings)

@@ -66,7 +66,8 @@ def test_a_client_that_hangs_up_frees_its_slot(start, eventually) -> None:
 
 def test_a_request_whose_deadline_passes_ends_and_is_counted(start, refusal_of, eventually) -> None:
     server = start("--models", "tiny-fp32", "--max-num-seqs", "1").wait_ready()
-    others = [server.long_answer(280, token_ids=pb.TokenIds(ids=[5, 6])) for _ in range(8)]
+    # More urgent than it is, and so many that they cannot all be finished in the time that it has.
+    others = [server.long_answer(280, token_ids=pb.TokenIds(ids=[5, 6]), priority=1) for _ in range(24)]
     assert all(next(other).WhichOneof("event") == "started" for other in others)
     refusal = refusal_of(lambda: list(server.long_answer(280, token_ids=pb.TokenIds(ids=[5]), timeout=0.1)))
     assert refusal.code is grpc.StatusCode.DEADLINE_EXCEEDED
