@@ -29,6 +29,8 @@ _CODES: dict[type[errors.AttendantError], StatusCode] = {
     errors.ModelUnavailable: StatusCode.UNAVAILABLE,
     errors.QueueFull: StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlineExceeded: StatusCode.DEADLINE_EXCEEDED,
+    errors.DeadlineUnreachable: StatusCode.DEADLINE_EXCEEDED,
+    errors.DeadlineUnreachable: StatusCode.DEADLINE_EXCEEDED,
     errors.Draining: StatusCode.UNAVAILABLE,
     errors.ExecutionFailed: StatusCode.INTERNAL,
 }

@@ -37,6 +37,16 @@ ERRORS = [
     (errors.ModelUnavailable("model x/1 is not served"), "UNAVAILABLE", "MODEL_UNAVAILABLE"),
     (errors.QueueFull("9 requests run or wait", 1.5, {"requests": "9"}), "RESOURCE_EXHAUSTED", "QUEUE_FULL"),
     (errors.DeadlineExceeded(seconds=1.5, phase="decode", tokens=7), "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"),
+    (
+        errors.DeadlineUnreachable(predicted_seconds=3.0, budget_seconds=1.0, num_waiting=4, num_running=8),
+        "DEADLINE_EXCEEDED",
+        "DEADLINE_UNREACHABLE",
+    ),
+    (
+        errors.DeadlineUnreachable(predicted_seconds=1.5, budget_seconds=1, num_waiting=7, num_running=2),
+        "DEADLINE_EXCEEDED",
+        "DEADLINE_UNREACHABLE",
+    ),
     (errors.Draining("the server is stopping"), "UNAVAILABLE", "SERVER_DRAINING"),
     (errors.ExecutionFailed("the graph failed"), "INTERNAL", "EXECUTION_FAILED"),
 ]
