@@ -9,7 +9,6 @@
     |- ModelUnavailable       the bundle was refused, is loading or has failed
     |- QueueFull              as many requests wait as may; worth trying again later
     |- DeadlineExceeded       the answer was not finished within the latency budget
-    |- DeadlineUnreachable    the answer would not be finished in time, as predicted
     |- DeadlineUnreachable    as foreseen, the answer would not be finished within the latency budget
     |- Draining               the server is going away; worth trying elsewhere
     '- ExecutionFailed        the graph failed on this request
@@ -121,31 +120,6 @@ class DeadlineExceeded(AttendantError):
 
 
 class DeadlineUnreachable(AttendantError):
-    """A request was turned away, or dropped from the queue, because it would not be finished in time.
-
-    Args:
-        predicted_seconds: from its arrival to its end.
-        budget_seconds: from its arrival to its deadline.
-        num_waiting: requests that wait.
-        num_running: requests that run.
-    """
-
-    reason = "DEADLINE_UNREACHABLE"
-
-    def __init__(self, *, predicted_seconds: float, budget_seconds: float, num_waiting: int, num_running: int) -> None:
-        super().__init__(
-            f"the request would take {predicted_seconds:.3g} s with {num_running} requests running and {num_waiting} "
-            f"waiting, more than the {budget_seconds:.3g} s it has; allow more time, or try again when less is going on",
-            {
-                "predicted_seconds": f"{predicted_seconds:.6f}",
-                "budget_seconds": f"{budget_seconds:.6f}",
-                "waiting": str(num_waiting),
-                "running": str(num_running),
-            },
-        )
-
-
-class DeadlineUnreachable(AttendantError):
     """A request was turned away before it cost anything: from its arrival it would take longer than it may."""
 
     reason = "DEADLINE_UNREACHABLE"
@@ -153,7 +127,7 @@ class DeadlineUnreachable(AttendantError):
     def __init__(self, *, predicted_seconds: float, budget_seconds: float, num_waiting: int, num_running: int) -> None:
         super().__init__(
             f"it would take {predicted_seconds:.3g} s, as things are, and has {budget_seconds:.3g} s "
-            f"({num_running} requests run, {num_waiting} wait); allow more time, ask for fewer tokens, or try elsewhere",
+            f"({num_running} requests run, {num_waiting} wait); allow more time, ask for less, or try elsewhere",
             {
                 "predicted_seconds": f"{predicted_seconds:.6f}",
                 "budget_seconds": f"{budget_seconds:.6f}",
