@@ -30,7 +30,6 @@ _CODES: dict[type[errors.AttendantError], StatusCode] = {
     errors.QueueFull: StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlineExceeded: StatusCode.DEADLINE_EXCEEDED,
     errors.DeadlineUnreachable: StatusCode.DEADLINE_EXCEEDED,
-    errors.DeadlineUnreachable: StatusCode.DEADLINE_EXCEEDED,
     errors.Draining: StatusCode.UNAVAILABLE,
     errors.ExecutionFailed: StatusCode.INTERNAL,
 }

@@ -42,11 +42,6 @@ ERRORS = [
         "DEADLINE_EXCEEDED",
         "DEADLINE_UNREACHABLE",
     ),
-    (
-        errors.DeadlineUnreachable(predicted_seconds=1.5, budget_seconds=1, num_waiting=7, num_running=2),
-        "DEADLINE_EXCEEDED",
-        "DEADLINE_UNREACHABLE",
-    ),
     (errors.Draining("the server is stopping"), "UNAVAILABLE", "SERVER_DRAINING"),
     (errors.ExecutionFailed("the graph failed"), "INTERNAL", "EXECUTION_FAILED"),
 ]
