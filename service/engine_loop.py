@@ -27,15 +27,27 @@ from service.errors import (
     AttendantError,
     ContextLengthExceeded,
     DeadlineExceeded,
+    DeadlineUnreachable,
     ExecutionFailed,
     QueueFull,
 )
 from service.metrics import ModelMetrics
+from service.scheduling.config import SchedulerConfig
 from service.scheduling.latency import LatencyModel
-from service.scheduling.plan import Event, ExpiryEvent, FailureEvent, SearchEvent, StepPlan, StepResult, TokenEvent
+from service.scheduling.plan import (
+    Event,
+    ExpiryEvent,
+    FailureEvent,
+    RefusalEvent,
+    SearchEvent,
+    StepPlan,
+    StepResult,
+    TokenEvent,
+)
 from service.scheduling.request import Finish, Request, Token
-from service.scheduling.scheduler import Scheduler, SchedulerConfig, Snapshot
-from service.scheduling.work import Phase, plan_work
+from service.scheduling.scheduler import Scheduler
+from service.scheduling.sequence import Snapshot
+from service.scheduling.work import Phase, Work, plan_work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +60,8 @@ class EngineOptions:
         kv_memory: bytes for the states of all sequences.
         prefill_chunk_tokens: longest prefill chunk while other sequences decode.
         idle_chunk_tokens: longest prefill chunk while nothing decodes.
+        inter_token_target_seconds: between two tokens of a stream; it sizes the prefill chunks beside it, if not 0.
+        ageing_seconds: in the queue, after which a request counts as one priority more urgent.
         idle_release_seconds: time without work before the memory of free slots is given back.
         threads: ONNX Runtime threads, shared by all bundles of the process.
     """
@@ -57,6 +71,8 @@ class EngineOptions:
     kv_memory: int = 4 << 30
     prefill_chunk_tokens: int = 256
     idle_chunk_tokens: int = 512
+    inter_token_target_seconds: float = 0.05
+    ageing_seconds: float = 10.0
     idle_release_seconds: float = 300.0
     threads: int = 2
 
@@ -99,6 +115,7 @@ class TokenStream:
         Raises:
             ExecutionFailed: the graph failed on this request.
             DeadlineExceeded: its time is over.
+            DeadlineUnreachable: its time would be over before it was finished.
             Draining: the server stopped before the request was finished.
         """
         while not (self._tokens or self._finish or self._error or self._ended):
@@ -157,7 +174,7 @@ class EngineLoop(BundleThread):
         *,
         manifest: Manifest,
         engine: Engine,
-        scheduler: Scheduler,
+        config: SchedulerConfig,
         options: EngineOptions,
         metrics: ModelMetrics,
         checks: Sequence[Check] = (),
@@ -167,7 +184,7 @@ class EngineLoop(BundleThread):
         super().__init__("engine", manifest, checks, latency)
         self.load_seconds = load_seconds
         self._engine = engine
-        self._scheduler = scheduler
+        self._scheduler = Scheduler(config, self._predict)
         self._options = options
         self._metrics = metrics
         self._streams: dict[str, TokenStream] = {}
@@ -197,6 +214,8 @@ class EngineLoop(BundleThread):
             kv_budget=size.budget,
             chunk_tokens=options.prefill_chunk_tokens,
             idle_chunk_tokens=options.idle_chunk_tokens,
+            inter_token_target=options.inter_token_target_seconds,
+            ageing=options.ageing_seconds,
             prefill_chunk=found.manifest.limits.prefill_chunk,
             window=size.window,
             reuses_prefixes=graph.rewinds and graph.prefill_chunk is None,
@@ -204,7 +223,7 @@ class EngineLoop(BundleThread):
         return cls(
             manifest=found.manifest,
             engine=Engine(graph),
-            scheduler=Scheduler(config),
+            config=config,
             options=options,
             metrics=metrics,
             checks=checks,
@@ -285,7 +304,7 @@ class EngineLoop(BundleThread):
         """Hand a step's events to their streams and to the metrics; runs on the event loop."""
         for event in events:
             stream = self._streams.get(event.request.request_id)
-            if isinstance(event, FailureEvent | ExpiryEvent):
+            if isinstance(event, FailureEvent | ExpiryEvent | RefusalEvent):
                 if stream is not None:
                     del self._streams[event.request.request_id]
                     stream._fail(self._error(event))
@@ -300,9 +319,17 @@ class EngineLoop(BundleThread):
         self._publish_occupancy(snapshot)
         self._note_idle()
 
-    def _error(self, event: FailureEvent | ExpiryEvent) -> AttendantError:
+    def _error(self, event: FailureEvent | ExpiryEvent | RefusalEvent) -> AttendantError:
         if isinstance(event, FailureEvent):
             return ExecutionFailed(event.message)
+        if isinstance(event, RefusalEvent):
+            assert event.request.deadline is not None, "nothing is refused that could take any time"
+            return DeadlineUnreachable(
+                predicted_seconds=event.predicted_seconds,
+                budget_seconds=event.request.deadline - event.request.arrival,
+                num_waiting=event.num_waiting,
+                num_running=event.num_running,
+            )
         seconds = self.clock() - event.request.arrival
         return DeadlineExceeded(seconds=seconds, phase=event.phase, tokens=event.num_tokens)
 
@@ -334,6 +361,10 @@ class EngineLoop(BundleThread):
         active = self.num_active
         for phase, work in plan_work(plan).items():
             self.latency.observe(phase, work, seconds[phase], active)
+
+    def _predict(self, phase: Phase, work: Work) -> float | None:
+        """Foresee the seconds of a run, if what was learned deserves it; called on the engine thread."""
+        return self.latency.predict(phase, work, self.num_active) if self.latency.is_trusted(phase) else None
 
     def _observe(self, event: TokenEvent | SearchEvent) -> None:
         num_prompt = event.request.num_prompt

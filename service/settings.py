@@ -97,6 +97,16 @@ class Settings(BaseSettings):
     idle_chunk_tokens: int = Field(
         512, ge=4, le=1 << 20, description="longest prefill step, in tokens, while nothing decodes"
     )
+    inter_token_target_seconds: float = Field(
+        0.05,
+        ge=0,
+        le=60,
+        description="seconds between two tokens of a stream: prompts are read beside it in steps that take no longer, "
+        "once it is learned what they take; in steps of prefill_chunk_tokens if 0",
+    )
+    ageing_seconds: float = Field(
+        10.0, gt=0, le=3600, description="seconds in the queue after which a request counts as one priority more urgent"
+    )
     max_batch_tokens: int = Field(
         1024, ge=1, le=1 << 20, description="most tokens, padding included, that an encoder reads at once"
     )
@@ -117,6 +127,13 @@ class Settings(BaseSettings):
     )
     keepalive_timeout_seconds: float = Field(
         10.0, ge=0.1, le=3600, description="seconds without an answer to a ping before a connection is closed"
+    )
+    max_connection_age_seconds: float = Field(
+        0.0,
+        ge=0,
+        le=86400,
+        description="seconds after which a client is asked to connect anew, and so to find new servers, running requests "
+        "excepted; never if 0",
     )
     seq_buckets: Annotated[tuple[int, ...], NoDecode] = Field(
         (64, 128, 256, 512, 1024, 2048, 4096),

@@ -156,6 +156,8 @@ class App:
             kv_memory=settings.kv_memory // max(1, sum("generate" in found.manifest.tasks for found in to_load)),
             prefill_chunk_tokens=settings.prefill_chunk_tokens,
             idle_chunk_tokens=settings.idle_chunk_tokens,
+            inter_token_target_seconds=settings.inter_token_target_seconds,
+            ageing_seconds=settings.ageing_seconds,
             idle_release_seconds=settings.idle_release_seconds,
             threads=settings.threads,
         )

@@ -2,7 +2,8 @@
 
 from collections import Counter
 
-from service.scheduling.scheduler import Phase, SchedulerConfig, SequenceView, Snapshot
+from service.scheduling.config import SchedulerConfig
+from service.scheduling.sequence import Phase, SequenceView, Snapshot
 
 
 def violations(snapshot: Snapshot) -> list[str]:

@@ -4,7 +4,7 @@ Bundles share the processors, so a cost depends on how many of them compute at t
 has a law of its own, and one that is not known yet is taken from the nearest number that is. The caller says how many
 are active.
 
-Learned on one thread; everything else may be read on any.
+Learned on one thread, where `error` is read, too; everything else may be read on any.
 """
 
 from collections import deque
@@ -20,6 +20,11 @@ PHASES: tuple[Phase, ...] = ("encode", "prefill", "decode")
 MAX_ACTIVE = 4
 """As many active bundles, or more, share one law."""
 
+TRUSTED_OBSERVATIONS = 64
+TRUSTED_ERROR = 0.5
+"""From how many runs on, and up to which median relative error, decisions may rest on what is predicted."""
+
+_TRUST_EVERY = 16  # observations between two judgements
 _ERRORS = 256  # newest predictions that the error is taken over
 
 
@@ -29,6 +34,7 @@ class LatencyModel:
     def __init__(self) -> None:
         self._laws: dict[Phase, dict[int, CostLaw]] = {phase: {} for phase in PHASES}
         self._errors: dict[Phase, deque[float]] = {phase: deque(maxlen=_ERRORS) for phase in PHASES}
+        self._trusted: frozenset[Phase] = frozenset()
 
     def observe(self, phase: Phase, work: Work, seconds: float, active: int = 1) -> bool:
         """Learn that a run took so long.
@@ -53,7 +59,18 @@ class LatencyModel:
         if key not in laws:
             self._laws[phase] = laws = {**laws, key: CostLaw()}  # never changed while another thread reads it
         laws[key].observe(work, seconds)
+        if self.observations(phase) % _TRUST_EVERY == 0:
+            self._judge(phase)
         return True
+
+    def _judge(self, phase: Phase) -> None:
+        error = self.error(phase)
+        is_trusted = self.observations(phase) >= TRUSTED_OBSERVATIONS and (error is None or error <= TRUSTED_ERROR)
+        self._trusted = self._trusted | {phase} if is_trusted else self._trusted - {phase}
+
+    def is_trusted(self, phase: Phase) -> bool:
+        """Whether decisions may rest on what is predicted of a phase."""
+        return phase in self._trusted
 
     def predict(self, phase: Phase, work: Work, active: int = 1) -> float | None:
         """Return the seconds that a run will take, or None before enough was observed; more work never takes less."""
@@ -107,6 +124,8 @@ class LatencyModel:
                 laws[phase][int(key)] = CostLaw.from_dict(law)
         self._laws = laws
         self._errors = {phase: deque(maxlen=_ERRORS) for phase in PHASES}
+        for phase in PHASES:
+            self._judge(phase)
 
 
 _KEYS = frozenset(str(key) for key in range(1, MAX_ACTIVE + 1))

@@ -135,6 +135,19 @@ class ExpiryEvent:
     num_tokens: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefusalEvent:
+    """A request will not be finished in time, and ends before it costs anything.
+
+    It would take `predicted_seconds` from its arrival; of others, `num_waiting` waited and `num_running` ran.
+    """
+
+    request: Request
+    predicted_seconds: float
+    num_waiting: int
+    num_running: int
+
+
 @dataclass(frozen=True, slots=True)
 class FailureEvent:
     """A request ended because the graph failed on it."""
@@ -143,4 +156,4 @@ class FailureEvent:
     message: str
 
 
-Event = TokenEvent | SearchEvent | ExpiryEvent | FailureEvent
+Event = TokenEvent | SearchEvent | ExpiryEvent | RefusalEvent | FailureEvent

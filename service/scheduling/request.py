@@ -93,6 +93,7 @@ class Request:
     top_logprobs: int = 0
     beam: Beam | None = None
     priority: int = 0  # larger is more urgent
+    tenant: str = ""  # among whom the engine's time is shared
     arrival: float  # seconds of the engine's monotonic clock
     deadline: float | None = None  # the same clock
 

@@ -5,14 +5,17 @@ token ids, positions and slots; it does not know tensors, threads, text or clien
 is handed. Decode comes first, then a limited number of prompt tokens a step, so that a long prompt cannot stop running
 streams.
 
-A sequence has a branch for each of its beams, and every branch a slot; without a beam search it has one.
+Who goes first: the higher priority, which grows while a request waits; of equal priority the tenant who has had less of
+the engine's time; of one tenant the earliest deadline. A scheduler that can foresee what work costs turns away what
+cannot be finished in time, and lets nobody join who would make others late.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from math import inf
 
 from service.scheduling.beam import BeamSearch, Continuation
+from service.scheduling.config import SchedulerConfig
+from service.scheduling.forecast import Due, Forecast
 from service.scheduling.plan import (
     Chunk,
     Encode,
@@ -20,6 +23,7 @@ from service.scheduling.plan import (
     ExpiryEvent,
     FailureEvent,
     Move,
+    RefusalEvent,
     Release,
     Row,
     Sample,
@@ -30,140 +34,10 @@ from service.scheduling.plan import (
 )
 from service.scheduling.prefixes import NOTHING, Prefix, Prefixes
 from service.scheduling.request import Finish, FinishReason, Hypothesis, Request, Token
+from service.scheduling.sequence import Branch, LiveSequence, Phase, Snapshot, view_of
+from service.scheduling.shares import Shares
 from service.scheduling.slots import SlotLedger, rounded
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerConfig:
-    """Limits of one bundle's scheduler, in tokens unless said otherwise.
-
-    Args:
-        num_slots: sequences that can run at once.
-        capacity: positions one slot can hold.
-        kv_budget: positions that all slots together may commit.
-        chunk_tokens: prompt and source tokens of a step while other sequences decode.
-        idle_chunk_tokens: prompt and source tokens of a step while nothing decodes.
-        prefill_chunk: where every prompt is cut, or None where cuts do not matter; at 1 there is no prefill, and
-            prompts go among the decode rows.
-        window: positions behind the last one that stay in memory, or None where all do.
-        reuses_prefixes: whether a prompt may begin with what another left in a slot: where states are nothing but
-            what lies at each position.
-    """
-
-    num_slots: int
-    capacity: int
-    kv_budget: int
-    chunk_tokens: int = 256
-    idle_chunk_tokens: int = 512
-    prefill_chunk: int | None = None
-    window: int | None = None
-    reuses_prefixes: bool = False
-
-    def __post_init__(self) -> None:
-        for name, least in (("num_slots", 1), ("capacity", 2), ("chunk_tokens", 4), ("idle_chunk_tokens", 4)):
-            value = getattr(self, name)
-            if value < least:
-                raise ValueError(f"{name} is {value}, must be at least {least}")
-        for name in ("prefill_chunk", "window"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, must be at least 1")
-        if self.kv_budget < rounded(self.held(self.capacity)):
-            raise ValueError(
-                f"kv_budget is {self.kv_budget}, must hold one sequence of {rounded(self.held(self.capacity))} tokens"
-            )
-
-    def held(self, positions: int) -> int:
-        """Return how many of a sequence's positions are in memory at most: the window and a step's new ones."""
-        if self.window is None:
-            return positions
-        return min(positions, self.window + max(self.idle_chunk_tokens, self.chunk_tokens, self.prefill_chunk or 0))
-
-
-class Phase(Enum):
-    """Where a sequence is in its life."""
-
-    WAITING = "waiting"
-    ENCODE = "encode"
-    PREFILL = "prefill"
-    DECODE = "decode"
-
-
-@dataclass(slots=True)
-class _Branch:
-    slot: int
-    output: list[int] = field(default_factory=list)
-    log_likelihood: float = 0.0  # kept by a beam search only
-
-
-@dataclass(slots=True)
-class _Sequence:
-    request: Request
-    phase: Phase = Phase.WAITING
-    branches: list[_Branch] = field(default_factory=list)
-    spare_slots: list[int] = field(default_factory=list)  # held for beams that are not there yet
-    copies: list[Move] = field(default_factory=list)  # from beams that go on twice, due before the next step
-    search: BeamSearch | None = None
-    # States are written for positions [0, num_computed), of every branch.
-    num_computed: int = 0
-    num_cached: int = 0  # of those, the ones that were copied
-    admitted_at: float = 0.0
-    prefill_started_at: float | None = None
-    first_token_at: float | None = None
-    last_token_at: float = 0.0
-
-    @property
-    def urgency(self) -> tuple[int, float, float]:
-        return (-self.request.priority, self.request.due, self.request.arrival)
-
-    @property
-    def slots(self) -> tuple[int, ...]:
-        return (*(branch.slot for branch in self.branches), *self.spare_slots)
-
-    @property
-    def num_output(self) -> int:
-        return len(self.branches[0].output) if self.branches else 0
-
-    @property
-    def reads_its_last(self) -> bool:
-        """Whether the next token to be fed is the last there is, so that a new one follows from it."""
-        return self.num_computed + 1 == len(self.request.prompt) + self.num_output
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceView:
-    """One sequence as a snapshot shows it."""
-
-    request_id: str
-    phase: Phase
-    slots: tuple[int, ...]
-    num_slots: int
-    num_prompt: int
-    num_computed: int
-    num_output: int
-    max_total_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The scheduler's whole state as a value, for metrics and for `invariants.violations`."""
-
-    config: SchedulerConfig
-    sequences: tuple[SequenceView, ...]
-    free_slots: frozenset[int]
-    reserved: int
-    committed: int
-
-    @property
-    def num_waiting(self) -> int:
-        """Sequences without a slot."""
-        return sum(view.phase is Phase.WAITING for view in self.sequences)
-
-    @property
-    def num_running(self) -> int:
-        """Sequences with a slot."""
-        return len(self.sequences) - self.num_waiting
-
+from service.scheduling.work import Predict, decode_work
 
 MIN_CHUNK = 2
 """Tokens of a prompt's shortest chunk, but for prompts of one token."""
@@ -188,11 +62,19 @@ def chunk_length(remaining: int, limit: int) -> int:
 
 
 class Scheduler:
-    """Continuous batching over a fixed number of slots and a budget of KV memory."""
+    """Continuous batching over a fixed number of slots and a budget of KV memory.
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    Args:
+        config: its limits.
+        predict: foresees the seconds of a run; without it nobody is turned away, and chunks have a fixed size.
+    """
+
+    def __init__(self, config: SchedulerConfig, predict: Predict | None = None) -> None:
         self.config = config
-        self._sequences: dict[str, _Sequence] = {}
+        self._predict = predict
+        self._forecast = Forecast(predict or (lambda phase, work: None), config)
+        self._shares = Shares()
+        self._sequences: dict[str, LiveSequence] = {}
         self._ledger = SlotLedger(config.num_slots, config.kv_budget, reuses_pages=config.window is None)
         self._prefixes = Prefixes(config.num_slots)
 
@@ -203,7 +85,8 @@ class Scheduler:
         assert request.request_id not in self._sequences, f"request {request.request_id} is already here"
         assert self.fits(request), f"request {request.request_id} can never run"
         search = None if request.beam is None else BeamSearch(request)
-        self._sequences[request.request_id] = _Sequence(request, search=search)
+        tenant = self._shares.enter(request.tenant)
+        self._sequences[request.request_id] = LiveSequence(request, search=search, tenant=tenant)
 
     def fits(self, request: Request) -> bool:
         """Whether the request could run if it were alone."""
@@ -220,6 +103,7 @@ class Scheduler:
         sequence = self._sequences.pop(request_id, None)
         if sequence is None:
             return False
+        self._shares.leave(sequence.tenant)
         # A parked row may have written one position past what was computed.
         written = self.config.held(min(sequence.num_computed + 1, self.config.capacity))
         for slot in sequence.slots:
@@ -234,13 +118,80 @@ class Scheduler:
     # What to do
 
     def expire(self, now: float) -> list[Event]:
-        """Forget requests whose deadline has passed, before they cost another step."""
-        expired = [s for s in self._sequences.values() if s.request.deadline is not None and s.request.deadline <= now]
+        """Forget requests whose deadline has passed, or will have, before they cost another step."""
         events: list[Event] = []
-        for sequence in expired:
+        for sequence in [s for s in self._sequences.values() if _slack(s.request, now) <= 0]:
             self.cancel(sequence.request.request_id)
             events.append(ExpiryEvent(sequence.request, sequence.phase.value, sequence.num_output))
+        for sequence in self._by_urgency(Phase.WAITING, now):
+            seconds = self._seconds_to_finish(sequence, now) if sequence.request.deadline is not None else None
+            if seconds is not None and seconds > _slack(sequence.request, now):
+                num_running = len(self._sequences) - len(self._in(Phase.WAITING))
+                self.cancel(sequence.request.request_id)
+                events.append(
+                    RefusalEvent(
+                        request=sequence.request,
+                        predicted_seconds=now - sequence.request.arrival + seconds,
+                        num_waiting=len(self._in(Phase.WAITING)),
+                        num_running=num_running,
+                    )
+                )
         return events
+
+    def _seconds_to_finish(self, sequence: LiveSequence, now: float) -> float | None:
+        """Return what a waiting request will take: behind the others when it comes, at the very least once it is in.
+
+        None while that is not known, or nobody else is here: then what is foreseen is put to the test.
+        """
+        if len(self._sequences) == 1:
+            return None
+        if sequence.load is not None:
+            return self._forecast.alone(sequence.load)
+        request = sequence.request
+        found = self._prefixes.longest(request.prompt) if self._reuses_prefix(request) else None
+        sequence.load = own = self._forecast.load(request, 0 if found is None else found[1])
+        if own is None:
+            return None
+        running = self._running_loads(now)
+        ahead = [
+            other.load
+            for other in self._by_urgency(Phase.WAITING, now)
+            if other.load is not None and self._urgency(other, now) < self._urgency(sequence, now)
+        ]
+        return self._forecast.finish(own, [due.load for due in running], ahead)
+
+    def queue_seconds(self, now: float) -> float:
+        """Return how long one more request like those that wait would wait, as foreseen; 0 if that is not known."""
+        waiting = self._in(Phase.WAITING)
+        ahead = [sequence.load for sequence in waiting if sequence.load is not None]
+        if not ahead:
+            return 0.0
+        return self._forecast.wait([due.load for due in self._running_loads(now)], ahead)
+
+    def _running_loads(self, now: float) -> list[Due]:
+        """Return what those that have slots still have to do, as far as it can be foreseen."""
+        found = []
+        for sequence in self._sequences.values():
+            if sequence.phase is Phase.WAITING:
+                continue
+            load = self._forecast.load(
+                sequence.request,
+                sequence.num_computed,
+                sequence.num_output,
+                encoded=sequence.phase is not Phase.ENCODE,
+            )
+            if load is not None:
+                found.append(Due(load, _slack(sequence.request, now)))
+        return found
+
+    def _urgency(self, sequence: LiveSequence, now: float) -> tuple[int, int, float, float]:
+        """Return what requests are ordered by; the lowest goes first."""
+        request = sequence.request
+        aged = int((now - request.arrival) / self.config.ageing)
+        return -(request.priority + aged), self._shares.rank(sequence.tenant), request.due, request.arrival
+
+    def _by_urgency(self, phase: Phase, now: float) -> list[LiveSequence]:
+        return sorted(self._in(phase), key=lambda sequence: self._urgency(sequence, now))
 
     def schedule(self, now: float) -> StepPlan:
         """Decide the next step. Admission, moves and releases take effect at once, tokens with `update`."""
@@ -249,7 +200,7 @@ class Scheduler:
         self._admit(now, memory)
         while (hole := self._hole()) is not None and self._fill(hole, memory):
             pass
-        limit = self.config.chunk_tokens if self._in(Phase.DECODE) else self.config.idle_chunk_tokens
+        limit = self._chunk_limit(now)
         encodes = self._next_encodes(limit, now)
         chunks = self._next_chunks(
             limit, now, memory
@@ -262,6 +213,20 @@ class Scheduler:
             rows=rows,
             chunks=chunks,
         )
+
+    def _chunk_limit(self, now: float) -> int:
+        """Return how many prompt and source tokens the step may read."""
+        decoding = [sequence.num_computed + 1 for sequence, _ in self._decoding()]
+        reading = self._by_urgency(Phase.PREFILL, now) if decoding else []
+        if not decoding:
+            return self.config.idle_chunk_tokens
+        if not self.config.inter_token_target or self._predict is None or not reading:
+            return self.config.chunk_tokens
+        seconds = self._predict("decode", decode_work(decoding))
+        found = None
+        if seconds is not None:
+            found = self._forecast.chunk_tokens(seconds, reading[0].num_computed, self.config.idle_chunk_tokens)
+        return self.config.chunk_tokens if found is None else found
 
     def release_idle(self) -> StepPlan:
         """Plan to give back the memory of all free slots."""
@@ -279,8 +244,13 @@ class Scheduler:
             self._prefixes.put(slot, NOTHING)
 
     def _admit(self, now: float, memory: list[Release | Move]) -> None:
-        for sequence in sorted(self._in(Phase.WAITING), key=lambda waiting: waiting.urgency):
+        running: list[Due] | None = None
+        for sequence in self._by_urgency(Phase.WAITING, now):
             request = sequence.request
+            if running is None:
+                running = self._running_loads(now)
+            if not self._may_join(sequence, running, now):
+                continue
             found = self._prefixes.longest(request.prompt) if self._reuses_prefix(request) else None
             if found is not None:
                 self._ledger.touch(found[0])
@@ -296,10 +266,18 @@ class Scheduler:
             (first, *spare), released = placed
             self._release(released, memory)
             self._forget(spare)
-            sequence.branches, sequence.spare_slots = [_Branch(first)], spare
+            sequence.branches, sequence.spare_slots = [Branch(first)], spare
             self._begin(sequence, found, memory)
             sequence.phase = self._first_phase(request) if request.source is None else Phase.ENCODE
             sequence.admitted_at = now
+            if sequence.load is not None:
+                running.append(Due(sequence.load, _slack(request, now)))
+
+    def _may_join(self, sequence: LiveSequence, running: list[Due], now: float) -> bool:
+        """Return whether a request may run now: it waits a while if it or others would not be in time for it."""
+        if not running or sequence.load is None or now - sequence.request.arrival > self.config.ageing:
+            return True
+        return self._forecast.joins(Due(sequence.load, _slack(sequence.request, now)), running)
 
     def _reuses_prefix(self, request: Request) -> bool:
         return self.config.reuses_prefixes and request.source is None
@@ -320,7 +298,7 @@ class Scheduler:
             return next(slot for slot in self._ledger.by_use() if slot in free)
         return min(free, default=None)
 
-    def _begin(self, sequence: _Sequence, found: tuple[int, int] | None, memory: list[Release | Move]) -> None:
+    def _begin(self, sequence: LiveSequence, found: tuple[int, int] | None, memory: list[Release | Move]) -> None:
         """Begin a prompt with what is there of it, in its own slot or in another."""
         slot, prompt = sequence.branches[0].slot, sequence.request.prompt
         sequence.num_computed = sequence.num_cached = 0
@@ -333,7 +311,7 @@ class Scheduler:
         if source != slot:
             memory.append(Move(source, slot, length))
 
-    def _catch_up(self, sequence: _Sequence, memory: list[Release | Move]) -> None:
+    def _catch_up(self, sequence: LiveSequence, memory: list[Release | Move]) -> None:
         """Look again for a beginning, before a prompt's first chunk: others were computed since it was admitted."""
         request, slot = sequence.request, sequence.branches[0].slot
         if sequence.num_computed > sequence.num_cached or not self._reuses_prefix(request):
@@ -357,7 +335,7 @@ class Scheduler:
             sequence.copies = []
         return copies
 
-    def _decoding(self) -> Iterator[tuple[_Sequence, _Branch]]:
+    def _decoding(self) -> Iterator[tuple[LiveSequence, Branch]]:
         for sequence in self._in(Phase.DECODE):
             for branch in sequence.branches:
                 yield sequence, branch
@@ -385,7 +363,7 @@ class Scheduler:
         """Take sources of as many tokens as the limit allows, and at least one."""
         encodes: list[Encode] = []
         num_tokens = 0
-        for sequence in sorted(self._in(Phase.ENCODE), key=lambda waiting: waiting.urgency):
+        for sequence in self._by_urgency(Phase.ENCODE, now):
             request = sequence.request
             assert request.source is not None
             num_tokens += max(1, len(request.source.token_ids))
@@ -417,7 +395,7 @@ class Scheduler:
         return Row(request_id=None, token_id=0, length=length, sample=None)
 
     @staticmethod
-    def _row(sequence: _Sequence, branch: _Branch, now: float) -> Row:
+    def _row(sequence: LiveSequence, branch: Branch, now: float) -> Row:
         request, position = sequence.request, sequence.num_computed
         if sequence.prefill_started_at is None:
             sequence.prefill_started_at = now
@@ -430,7 +408,7 @@ class Scheduler:
         """Take the most urgent prompt as far as the limit allows, then others that end within what is left of it."""
         chunks: list[Chunk] = []
         left = limit
-        for sequence in sorted(self._in(Phase.PREFILL), key=lambda waiting: waiting.urgency):
+        for sequence in self._by_urgency(Phase.PREFILL, now):
             if chunks and left < MIN_CHUNK:
                 break
             self._catch_up(sequence, memory)
@@ -455,6 +433,7 @@ class Scheduler:
 
     def update(self, plan: StepPlan, result: StepResult, now: float) -> list[Event]:
         """Record a step. Requests that were cancelled while it ran are passed over."""
+        self._charge(plan, result)
         events: list[Event] = []
         for encode in plan.encodes:
             sequence = self._sequences.get(encode.request_id)
@@ -474,7 +453,18 @@ class Scheduler:
                 self._continue(sequence, [result.tokens[branch.slot] for branch in sequence.branches], now, events)
         return events
 
-    def _failed(self, sequence: _Sequence, result: StepResult, events: list[Event]) -> bool:
+    def _charge(self, plan: StepPlan, result: StepResult) -> None:
+        """Count the step's time among the tenants: of a batch in equal parts, of prompts by their tokens."""
+        rows = [row.request_id for row in plan.rows if row.request_id is not None]
+        num_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks)
+        spent = [(request_id, result.decode_seconds / len(rows)) for request_id in rows]
+        spent += [(each.request_id, result.encode_seconds / len(plan.encodes)) for each in plan.encodes]
+        spent += [(c.request_id, result.prefill_seconds * len(c.token_ids) / num_tokens) for c in plan.chunks]
+        for request_id, seconds in spent:
+            if request_id in self._sequences:
+                self._shares.charge(self._sequences[request_id].tenant, seconds)
+
+    def _failed(self, sequence: LiveSequence, result: StepResult, events: list[Event]) -> bool:
         message = result.failures.get(sequence.request.request_id)
         if message is None:
             return False
@@ -483,7 +473,7 @@ class Scheduler:
         events.append(FailureEvent(sequence.request, message))
         return True
 
-    def _continue(self, sequence: _Sequence, tokens: Sequence[Token], now: float, events: list[Event]) -> None:
+    def _continue(self, sequence: LiveSequence, tokens: Sequence[Token], now: float, events: list[Event]) -> None:
         """Give each branch its next token, and end the request if that was the last."""
         is_first = sequence.first_token_at is None
         gap = now - (sequence.request.arrival if is_first else sequence.last_token_at)
@@ -500,9 +490,12 @@ class Scheduler:
             return
         events.append(event)
         if event.finish is not None:
-            self.cancel(sequence.request.request_id)
+            request = sequence.request
+            if request.beam is None:
+                self._forecast.lengths.observe(request.max_tokens, sequence.num_output)
+            self.cancel(request.request_id)
 
-    def _append(self, sequence: _Sequence, token: Token, gap_seconds: float, is_first: bool) -> TokenEvent:
+    def _append(self, sequence: LiveSequence, token: Token, gap_seconds: float, is_first: bool) -> TokenEvent:
         (branch,), request = sequence.branches, sequence.request
         branch.output.append(token.token_id)
         reason = None
@@ -525,7 +518,7 @@ class Scheduler:
             finish=None if reason is None else _finish(sequence, reason),
         )
 
-    def _search(self, sequence: _Sequence, search: BeamSearch, tokens: Sequence[Token]) -> SearchEvent | None:
+    def _search(self, sequence: LiveSequence, search: BeamSearch, tokens: Sequence[Token]) -> SearchEvent | None:
         branches = sequence.branches
         going = search.advance([b.output for b in branches], [b.log_likelihood for b in branches], tokens)
         if going:
@@ -540,7 +533,7 @@ class Scheduler:
             cached_tokens=sequence.num_cached,
         )
 
-    def _branch(self, sequence: _Sequence, going: Sequence[Continuation]) -> None:
+    def _branch(self, sequence: LiveSequence, going: Sequence[Continuation]) -> None:
         """Let beams go on: a beam's first continuation keeps its slot, others get copies in slots of beams that end.
 
         No copy reads a slot that another one writes, so their order does not matter.
@@ -558,7 +551,7 @@ class Scheduler:
                 slot = free.pop(0)
                 self._prefixes.put(slot, self._prefixes[parent.slot])
                 sequence.copies.append(Move(parent.slot, slot, sequence.num_computed))
-            new.append(_Branch(slot, [*parent.output, continuation.token_id], continuation.log_likelihood))
+            new.append(Branch(slot, [*parent.output, continuation.token_id], continuation.log_likelihood))
         sequence.branches, sequence.spare_slots = new, free
 
     # What it looks like
@@ -567,29 +560,29 @@ class Scheduler:
         """Return the whole state as a value."""
         return Snapshot(
             config=self.config,
-            sequences=tuple(_view(sequence) for sequence in self._sequences.values()),
+            sequences=tuple(view_of(sequence) for sequence in self._sequences.values()),
             free_slots=self._ledger.free,
             reserved=self._ledger.reserved,
             committed=self._ledger.committed,
         )
 
-    def _in(self, phase: Phase) -> Sequence[_Sequence]:
+    def _in(self, phase: Phase) -> list[LiveSequence]:
         return [sequence for sequence in self._sequences.values() if sequence.phase is phase]
 
 
-def _sample(request: Request, branch: _Branch) -> Sample:
+def _sample(request: Request, branch: Branch) -> Sample:
     output = tuple(branch.output) if request.sampling.adjusts_logits else ()
     return Sample(request, len(request.prompt) + len(branch.output), len(branch.output), output)
 
 
-def _times(sequence: _Sequence) -> tuple[float, float]:
+def _times(sequence: LiveSequence) -> tuple[float, float]:
     """Return the seconds in the queue and in prefill of a sequence that has its first token."""
     assert sequence.prefill_started_at is not None and sequence.first_token_at is not None
     queue_seconds = sequence.prefill_started_at - sequence.request.arrival
     return queue_seconds, sequence.first_token_at - sequence.prefill_started_at
 
 
-def _finish(sequence: _Sequence, reason: FinishReason, hypotheses: tuple[Hypothesis, ...] = ()) -> Finish:
+def _finish(sequence: LiveSequence, reason: FinishReason, hypotheses: tuple[Hypothesis, ...] = ()) -> Finish:
     queue_seconds, prefill_seconds = _times(sequence)
     assert sequence.first_token_at is not None
     return Finish(
@@ -602,14 +595,6 @@ def _finish(sequence: _Sequence, reason: FinishReason, hypotheses: tuple[Hypothe
     )
 
 
-def _view(sequence: _Sequence) -> SequenceView:
-    return SequenceView(
-        request_id=sequence.request.request_id,
-        phase=sequence.phase,
-        slots=sequence.slots,
-        num_slots=sequence.request.num_slots,
-        num_prompt=len(sequence.request.prompt),
-        num_computed=sequence.num_computed,
-        num_output=sequence.num_output,
-        max_total_tokens=sequence.request.max_total_tokens,
-    )
+def _slack(request: Request, now: float) -> float:
+    """Return the seconds that are left until its deadline; without one they have no end."""
+    return inf if request.deadline is None else request.deadline - now

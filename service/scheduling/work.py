@@ -1,6 +1,6 @@
 """What a run of a graph has to do, counted as the latency model counts it: runs, tokens, tokens times context."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from service.scheduling.plan import Chunk, Encode, Row, StepPlan
@@ -21,6 +21,10 @@ class Work(NamedTuple):
     runs: float
     tokens: float
     attended: float
+
+
+Predict = Callable[[Phase, Work], float | None]
+"""Foresees the seconds of a run; None while too little is known. More work never takes less."""
 
 
 def encode_work(rows: int, length: int) -> Work:

@@ -11,9 +11,10 @@ from service.engine.engine import Engine
 from service.engine.pools import pool_size
 from service.engine.runtime import use_threads
 from service.engine.step_graph import StepGraph
+from service.scheduling.config import SchedulerConfig
 from service.scheduling.plan import TokenEvent
 from service.scheduling.request import Request, SamplingParams
-from service.scheduling.scheduler import Scheduler, SchedulerConfig
+from service.scheduling.scheduler import Scheduler
 
 NUM_SLOTS = 32
 KV_MEMORY = 6 << 30

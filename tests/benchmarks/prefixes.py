@@ -13,8 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from service.engine.engine import Engine
+from service.scheduling.config import SchedulerConfig
 from service.scheduling.request import Request, SamplingParams
-from service.scheduling.scheduler import Scheduler, SchedulerConfig
+from service.scheduling.scheduler import Scheduler
 from tests.benchmarks.engine_only import NUM_SLOTS, BareEngine
 
 ROUNDS = 3

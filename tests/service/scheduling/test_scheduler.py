@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from models.beam import BeamSearch, search
+from service.scheduling.config import SchedulerConfig
 from service.scheduling.invariants import violations
 from service.scheduling.plan import Event, FailureEvent, Release, Sample, SearchEvent, StepPlan, StepResult, TokenEvent
 from service.scheduling.request import Beam, FinishReason, Hypothesis, Request, Source, Token
-from service.scheduling.scheduler import Scheduler, SchedulerConfig, chunk_length
+from service.scheduling.scheduler import Scheduler, chunk_length
 
 EOS = 7
 STOP = 8

@@ -1,0 +1,116 @@
+"""A request while it is here: its branches, how far it is, and how it looks from outside.
+
+A sequence has a branch for each of its beams, and every branch a slot; without a beam search it has one.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from service.scheduling.beam import BeamSearch
+from service.scheduling.config import SchedulerConfig
+from service.scheduling.forecast import Load
+from service.scheduling.plan import Move
+from service.scheduling.request import Request
+
+
+class Phase(Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = "waiting"
+    ENCODE = "encode"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(slots=True)
+class Branch:
+    """One answer in the making, and the slot that holds its states."""
+
+    slot: int
+    output: list[int] = field(default_factory=list)
+    log_likelihood: float = 0.0  # kept by a beam search only
+
+
+@dataclass(slots=True)
+class LiveSequence:
+    """What the scheduler knows of a request; it alone changes it."""
+
+    request: Request
+    phase: Phase = Phase.WAITING
+    branches: list[Branch] = field(default_factory=list)
+    spare_slots: list[int] = field(default_factory=list)  # held for beams that are not there yet
+    copies: list[Move] = field(default_factory=list)  # from beams that go on twice, due before the next step
+    search: BeamSearch | None = None
+    tenant: str = ""  # under whose name its time is counted
+    load: Load | None = None  # foreseen when it came; while it waits nothing of it gets done
+    # States are written for positions [0, num_computed), of every branch.
+    num_computed: int = 0
+    num_cached: int = 0  # of those, the ones that were copied
+    admitted_at: float = 0.0
+    prefill_started_at: float | None = None
+    first_token_at: float | None = None
+    last_token_at: float = 0.0
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Slots that it holds."""
+        return (*(branch.slot for branch in self.branches), *self.spare_slots)
+
+    @property
+    def num_output(self) -> int:
+        """Tokens of its answer, which are as many in every branch."""
+        return len(self.branches[0].output) if self.branches else 0
+
+    @property
+    def reads_its_last(self) -> bool:
+        """Whether the next token to be fed is the last there is, so that a new one follows from it."""
+        return self.num_computed + 1 == len(self.request.prompt) + self.num_output
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceView:
+    """One sequence as a snapshot shows it."""
+
+    request_id: str
+    phase: Phase
+    slots: tuple[int, ...]
+    num_slots: int
+    num_prompt: int
+    num_computed: int
+    num_output: int
+    max_total_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The scheduler's whole state as a value, for metrics and for `invariants.violations`."""
+
+    config: SchedulerConfig
+    sequences: tuple[SequenceView, ...]
+    free_slots: frozenset[int]
+    reserved: int
+    committed: int
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences without a slot."""
+        return sum(view.phase is Phase.WAITING for view in self.sequences)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences with a slot."""
+        return len(self.sequences) - self.num_waiting
+
+
+def view_of(sequence: LiveSequence) -> SequenceView:
+    """Return what a snapshot shows."""
+    return SequenceView(
+        request_id=sequence.request.request_id,
+        phase=sequence.phase,
+        slots=sequence.slots,
+        num_slots=sequence.request.num_slots,
+        num_prompt=len(sequence.request.prompt),
+        num_computed=sequence.num_computed,
+        num_output=sequence.num_output,
+        max_total_tokens=sequence.request.max_total_tokens,
+    )
