@@ -1,4 +1,4 @@
-"""`python -m service --repository DIR ...`: serve a repository of bundles over gRPC."""
+"""`python -m service --repository DIR ...`: serve a repository of bundles over gRPC; `simulate`: as if it did."""
 
 import asyncio
 import logging
@@ -6,15 +6,19 @@ import sys
 from collections.abc import Sequence
 
 from service.settings import SettingsError, load_settings
+from service.simulation.command import main as simulate
 
 USAGE_ERROR = 2
 START_ERROR = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until a signal; return the exit status."""
+    """Serve until a signal, or simulate; return the exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["simulate"]:
+        return simulate(given[1:])
     try:
-        settings = load_settings(sys.argv[1:] if arguments is None else arguments)
+        settings = load_settings(given)
     except SettingsError as error:
         print(f"{error}\n`python -m service --help` lists the settings", file=sys.stderr)
         return USAGE_ERROR

@@ -64,7 +64,7 @@ class LatencyStore:
             if not learned or learned == self._saved.get(path):
                 return
             try:
-                self._write(path, {"of": self._key(bundle), "learned": learned})
+                self._write(path, {"of": self._key(bundle), "model": bundle.manifest.key, "learned": learned})
                 self._saved[path] = learned
             except OSError as error:
                 logger.warning("what %s learned of its latency is not kept: %s", bundle.manifest.key, error)
