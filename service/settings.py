@@ -132,8 +132,8 @@ class Settings(BaseSettings):
         0.0,
         ge=0,
         le=86400,
-        description="seconds after which a client is asked to connect anew, and so to find new servers, running requests "
-        "excepted; never if 0",
+        description="seconds after which a client is asked to connect anew, and finds new servers, while its running "
+        "requests go on; never if 0",
     )
     seq_buckets: Annotated[tuple[int, ...], NoDecode] = Field(
         (64, 128, 256, 512, 1024, 2048, 4096),

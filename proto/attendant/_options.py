@@ -46,6 +46,7 @@ def parser(
     rerank: Run,
     explain: Run,
     models: Run,
+    health: Run,
     tokenize: Run,
     latency: Run,
 ) -> argparse.ArgumentParser:
@@ -105,6 +106,8 @@ def parser(
     command = _command(commands, "models", models, "list the models of the server")
     command.add_argument("--json", action="store_true", help="one JSON object a line")
 
+    _add_health(_command(commands, "health", health, "say whether a server is ready; its exit status says so too"))
+
     command = _command(commands, "tokenize", tokenize, "show the tokens of a text")
     command.add_argument("text", nargs="?", help="the text; read from standard input if absent or -")
     _add_model(command)
@@ -126,6 +129,14 @@ def _add_encoding(command: argparse.ArgumentParser) -> None:
     _add_model(command)
     command.add_argument("--truncate", action="store_true", help="cut texts that are too long, instead of failing")
     command.add_argument("--json", action="store_true", help="one JSON object a line")
+
+
+def _add_health(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "name", nargs="?", default="readiness", help="startup, readiness, liveness or model/NAME (default: %(default)s)"
+    )
+    command.add_argument("--model", metavar="NAME", help='"name" or "name/version": whether that one is served')
+    command.set_defaults(timeout=5.0)
 
 
 def _add_explain(command: argparse.ArgumentParser) -> None:

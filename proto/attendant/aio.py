@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Unpack
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from attendant import _encoding, _messages
 from attendant._encoding import ClassifyOptions, EmbedOptions, FillMaskOptions, Texts
@@ -32,7 +33,7 @@ from attendant._types import (
     Tokens,
     Turn,
 )
-from attendant.client import CHANNEL_OPTIONS, PAGE_SIZE
+from attendant.client import PAGE_SIZE, READINESS, channel_options
 from attendant.v1 import model_service_pb2
 from attendant.v1.inference_service_pb2_grpc import InferenceServiceStub
 from attendant.v1.model_service_pb2_grpc import ModelServiceStub
@@ -121,6 +122,9 @@ class AsyncClient:
     Args:
         target: "host:port", or any other gRPC target ("dns:///attendant-headless:8001").
         credentials: for TLS; plain text without.
+        check_health: "readiness", or "model/" and a model's name: of the servers behind the name only those get calls
+            whose health says that they serve it, so that one that drains is left before it goes. Not through a proxy:
+            it chooses the server itself.
         options: further gRPC channel options.
 
     Every method takes `timeout` in seconds and raises an AttendantError if the call fails.
@@ -131,9 +135,10 @@ class AsyncClient:
         target: str = "localhost:8001",
         *,
         credentials: grpc.ChannelCredentials | None = None,
+        check_health: str | None = None,
         options: Sequence[tuple[str, Any]] = (),
     ) -> None:
-        options = (*CHANNEL_OPTIONS, *options)
+        options = (*channel_options(check_health), *options)
         self._channel = (
             grpc.aio.insecure_channel(target, options)
             if credentials is None
@@ -141,6 +146,7 @@ class AsyncClient:
         )
         self._inference = InferenceServiceStub(self._channel)
         self._models = ModelServiceStub(self._channel)
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
     def generate(
         self,
@@ -268,6 +274,15 @@ class AsyncClient:
         """Describe one model, "name" (its newest version) or "name/version"."""
         request = model_service_pb2.GetModelRequest(model=name)
         return _messages.model((await _unary(self._models.GetModel, request, timeout)).model)
+
+    async def is_serving(self, name: str = READINESS, *, timeout: float | None = None) -> bool:
+        """Ask the server's health: of the whole, or of one model as "model/" and its name.
+
+        Raises:
+            AttendantError: no server answers, or it knows no such name.
+        """
+        response = await _unary(self._health.Check, health_pb2.HealthCheckRequest(service=name), timeout)
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def close(self) -> None:
         """Close the connection; unfinished calls are cancelled."""

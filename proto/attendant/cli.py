@@ -1,4 +1,4 @@
-"""The command `attendant`: generate, chat, embed, classify, tag, fill, rerank, explain, models, tokenize, latency.
+"""The command `attendant`: generate, chat, embed, classify, explain and more; models, health and latency of a server.
 
 Text appears as it is generated. Ctrl-C cancels the request on the server; in a conversation it only ends the
 answer.
@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         rerank=rerank,
         explain=explain,
         models=models,
+        health=health,
         tokenize=tokenize,
         latency=latency,
     ).parse_args(arguments)
@@ -278,6 +279,15 @@ def models(args: argparse.Namespace) -> int:
     ]
     print(table(header, rows, right=("CONTEXT",)) if rows else "The server's repository holds no model.")
     return 0
+
+
+def health(args: argparse.Namespace) -> int:
+    """Say whether a server, or one of its models, is ready for requests; exit status 0 means yes, anything else no."""
+    name = f"model/{args.model}" if args.model else args.name
+    with Client(args.server) as client:
+        is_serving = client.is_serving(name, timeout=args.timeout)
+    print(f"{name}: {'serving' if is_serving else 'not serving'}")
+    return 0 if is_serving else FAILED
 
 
 def tokenize(args: argparse.Namespace) -> int:

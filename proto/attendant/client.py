@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Unpack
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from attendant import _encoding, _messages
 from attendant._encoding import ClassifyOptions, EmbedOptions, FillMaskOptions, Texts
@@ -54,11 +55,24 @@ SERVICE_CONFIG = {
     ],
     "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
 }
-CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
-    ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
-    ("grpc.max_receive_message_length", 64 << 20),
-)
+MAX_RECEIVED_BYTES = 64 << 20
+# How soon a server that returns, or comes new under the same name, is found: gRPC would wait up to 120 and 30 seconds,
+# in which a rolling update replaces all that the client knows.
+MAX_RECONNECT_MILLISECONDS = 2000
+MIN_RESOLUTION_MILLISECONDS = 5000
 PAGE_SIZE = 100
+READINESS = "readiness"
+
+
+def channel_options(check_health: str | None) -> tuple[tuple[str, Any], ...]:
+    """Return the options of every channel; with a name, calls go only to servers whose health says that it serves."""
+    health = {} if check_health is None else {"healthCheckConfig": {"serviceName": check_health}}
+    return (
+        ("grpc.service_config", json.dumps(SERVICE_CONFIG | health)),
+        ("grpc.max_receive_message_length", MAX_RECEIVED_BYTES),
+        ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_MILLISECONDS),
+        ("grpc.dns_min_time_between_resolutions_ms", MIN_RESOLUTION_MILLISECONDS),
+    )
 
 
 class GenerateStream:
@@ -141,6 +155,9 @@ class Client:
     Args:
         target: "host:port", or any other gRPC target ("dns:///attendant-headless:8001").
         credentials: for TLS; plain text without.
+        check_health: "readiness", or "model/" and a model's name: of the servers behind the name only those get calls
+            whose health says that they serve it, so that one that drains is left before it goes. Not through a proxy:
+            it chooses the server itself.
         options: further gRPC channel options.
 
     Every method takes `timeout` in seconds and raises an AttendantError if the call fails.
@@ -151,9 +168,10 @@ class Client:
         target: str = "localhost:8001",
         *,
         credentials: grpc.ChannelCredentials | None = None,
+        check_health: str | None = None,
         options: Sequence[tuple[str, Any]] = (),
     ) -> None:
-        options = (*CHANNEL_OPTIONS, *options)
+        options = (*channel_options(check_health), *options)
         self._channel = (
             grpc.insecure_channel(target, options)
             if credentials is None
@@ -161,6 +179,7 @@ class Client:
         )
         self._inference = InferenceServiceStub(self._channel)
         self._models = ModelServiceStub(self._channel)
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
 
     def generate(
         self,
@@ -287,6 +306,15 @@ class Client:
         """Describe one model, "name" (its newest version) or "name/version"."""
         request = model_service_pb2.GetModelRequest(model=name)
         return _messages.model(_unary(self._models.GetModel, request, timeout).model)
+
+    def is_serving(self, name: str = READINESS, *, timeout: float | None = None) -> bool:
+        """Ask the server's health: of the whole, or of one model as "model/" and its name.
+
+        Raises:
+            AttendantError: no server answers, or it knows no such name.
+        """
+        response = _unary(self._health.Check, health_pb2.HealthCheckRequest(service=name), timeout)
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
     def close(self) -> None:
         """Close the connection; unfinished calls are cancelled."""

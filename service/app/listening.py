@@ -14,8 +14,12 @@ _MAX_STREAMS_PER_CONNECTION = 1000
 
 def build_server(settings: Settings) -> grpc.aio.Server:
     """Return a server without services or ports."""
+    # Without a limit to the grace after it, the age of a connection ends no request.
+    age = settings.max_connection_age_seconds
+    aging = [("grpc.max_connection_age_ms", int(age * 1000))] if age else []
     return grpc.aio.server(
         options=[
+            *aging,
             ("grpc.so_reuseport", 0),  # or a second server would silently share the port
             ("grpc.max_receive_message_length", int(settings.max_message_bytes)),
             ("grpc.max_send_message_length", int(settings.max_message_bytes)),
