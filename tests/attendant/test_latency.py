@@ -11,7 +11,8 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.exposition import make_wsgi_app
 
-from attendant._latency import METRICS, latency_table, read_histograms
+from attendant._latency import latency_table, read_histograms
+from attendant.telemetry import LATENCIES
 
 BOUNDS = [1e-4 * 2**k for k in range(18)]
 
@@ -25,7 +26,7 @@ def registry():
 
 @pytest.fixture
 def first_token(registry):
-    name = METRICS["first token"]
+    name = LATENCIES["first token"]
     return Histogram(name, "x", ["model", "seq_bucket"], buckets=BOUNDS, registry=registry)
 
 
@@ -38,7 +39,7 @@ def test_a_quantile_lies_in_the_bucket_of_the_true_one(registry, first_token):
     seen = sorted(rng.lognormvariate(-4, 1) for _ in range(2000))
     for value in seen:
         first_token.labels("a/1", "64").observe(value)
-    histogram = read_histograms(exposition(registry))[METRICS["first token"]][64]
+    histogram = read_histograms(exposition(registry))["first token"][64]
     assert histogram.count == len(seen)
     for q in (0.01, 0.5, 0.95, 0.999):
         true = seen[math.ceil(q * len(seen)) - 1]
@@ -49,7 +50,7 @@ def test_a_quantile_lies_in_the_bucket_of_the_true_one(registry, first_token):
 def test_within_a_bucket_a_quantile_is_interpolated_as_promql_does(registry, first_token):
     for _ in range(4):
         first_token.labels("a/1", "64").observe(BOUNDS[3])  # (BOUNDS[2], BOUNDS[3]]
-    histogram = read_histograms(exposition(registry))[METRICS["first token"]][64]
+    histogram = read_histograms(exposition(registry))["first token"][64]
     assert histogram.quantile(0.5) == pytest.approx((BOUNDS[2] + BOUNDS[3]) / 2)
 
 
@@ -58,7 +59,7 @@ def test_models_are_told_apart_or_taken_together(registry, first_token):
         for _ in range(count):
             first_token.labels(model, "64").observe(0.001)
     counts = {
-        model: read_histograms(exposition(registry), model=model)[METRICS["first token"]][64].count
+        model: read_histograms(exposition(registry), model=model)["first token"][64].count
         for model in (None, "a", "a/2", "ab", "c")
     }
     assert counts == {None: 15, "a": 3, "a/2": 2, "ab": 4, "c": 0}
@@ -73,7 +74,7 @@ def test_the_table_has_a_row_for_each_length_that_was_seen(registry, first_token
     assert [title.strip() for title in titles if title] == ["first token", "between tokens", "request"]
     assert [column.strip() for column in header if column] == ["tokens", *["count", "p50", "p95"] * 3]
     cells = [[cell.strip() for cell in row if cell] for row in rows]
-    assert [row[:2] for row in cells] == [["<= 64", "1"], ["<= 128", "1"], ["> 128", "1"]]
+    assert [row[:2] for row in cells] == [["<= 64", "1"], ["<= 128", "1"], ["> 256", "1"]]
     assert cells[1][2] == "> 13.1 s"  # beyond the last bound
     assert cells[0][4:] == ["0", "-", "-"] * 2  # nothing was seen of the other metrics
 
