@@ -15,7 +15,7 @@ EXPORT_SOURCES := $(shell find models export -name '*.py' -not -path 'models/rec
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo serve test test-all lint proto baseline bundles bench bench-embeddings attention-cost gpu-test clean help
+.PHONY: demo serve test test-all lint proto baseline docs bundles bench bench-embeddings attention-cost gpu-test clean help
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 16
@@ -62,6 +62,9 @@ proto: $(READY) ## generate messages and stubs from the .proto files
 
 baseline: $(READY) ## accept the contracts as they are: later changes must not break these
 	$(BIN)/buf build proto --exclude-source-info -o proto/baseline.binpb
+
+docs: $(READY) ## write docs/metrics.md from what the service declares
+	$(BIN)/python -m service.metrics > docs/metrics.md
 
 define generate
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=$(1) --pyi_out=$(1) $(PROTOS)

@@ -217,7 +217,7 @@ class EncodeLoop(BundleThread):
 
     def _publish_occupancy(self) -> None:
         running = sum(call.started is not None for call in self._calls)
-        self._metrics.occupancy(len(self._calls) - running, running, 0, 0)
+        self._metrics.queue(len(self._calls) - running, running)
 
     def _end_all(self, error: AttendantError) -> None:
         for call in self._calls:

@@ -39,6 +39,7 @@ from service.scheduling.plan import (
     ExpiryEvent,
     FailureEvent,
     RefusalEvent,
+    Release,
     SearchEvent,
     StepPlan,
     StepResult,
@@ -47,6 +48,7 @@ from service.scheduling.plan import (
 from service.scheduling.request import Finish, Request, Token
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.sequence import Snapshot
+from service.scheduling.slots import PAGE_POSITIONS
 from service.scheduling.work import Phase, Work, plan_work
 
 
@@ -187,6 +189,7 @@ class EngineLoop(BundleThread):
         self._scheduler = Scheduler(config, self._predict)
         self._options = options
         self._metrics = metrics
+        metrics.memory_is(self._scheduler.config.kv_budget, PAGE_POSITIONS, options.num_slots)
         self._streams: dict[str, TokenStream] = {}
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._last_finishes: deque[float] = deque(maxlen=16)
@@ -315,6 +318,7 @@ class EngineLoop(BundleThread):
                     del self._streams[event.request.request_id]
                     self._last_finishes.append(self.clock())
                 stream._deliver(event)
+        self._metrics.generated(sum(map(_num_tokens, events)))
         self._measure(plan, result)
         self._publish_occupancy(snapshot)
         self._note_idle()
@@ -334,9 +338,9 @@ class EngineLoop(BundleThread):
         return DeadlineExceeded(seconds=seconds, phase=event.phase, tokens=event.num_tokens)
 
     def _publish_occupancy(self, snapshot: Snapshot) -> None:
-        self._metrics.occupancy(
-            snapshot.num_waiting, snapshot.num_running, snapshot.reserved, snapshot.config.kv_budget
-        )
+        waiting = snapshot.num_waiting
+        self._metrics.queue(waiting, len(snapshot.sequences) - waiting, snapshot.num_uncomputed)
+        self._metrics.memory(snapshot.reserved, snapshot.committed)
 
     def _measure(self, plan: StepPlan, result: StepResult) -> None:
         if plan.encodes:
@@ -349,6 +353,7 @@ class EngineLoop(BundleThread):
         if plan.chunks:
             num_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks)
             self._metrics.step("prefill", len(plan.chunks), num_tokens, 0, result.prefill_seconds)
+        self._metrics.evicted(sum(isinstance(each, Release) for each in plan.memory))
         if not result.failures:  # what fails is run more than once
             self._learn(plan, result)
 
@@ -367,20 +372,16 @@ class EngineLoop(BundleThread):
         return self.latency.predict(phase, work, self.num_active) if self.latency.is_trusted(phase) else None
 
     def _observe(self, event: TokenEvent | SearchEvent) -> None:
-        num_prompt = event.request.num_prompt
-        if isinstance(event, SearchEvent) or event.is_first:
-            self._metrics.queued(num_prompt, event.queue_seconds)
-            self._metrics.prefilled(num_prompt, event.prefill_seconds, event.cached_tokens)
-        if isinstance(event, SearchEvent):  # nothing of it can be read before all of it is known
-            self._metrics.searched(
-                num_prompt,
-                self.clock() - event.request.arrival,
-                sum(len(found.token_ids) for found in event.finish.hypotheses),
-            )
-        elif event.is_first:
-            self._metrics.first_token(num_prompt, event.gap_seconds)
-        else:
-            self._metrics.inter_token(event.context_tokens, event.gap_seconds)
+        metrics, num_prompt = self._metrics, event.request.num_prompt
+        name = event.request.request_id.partition("/")[2]  # what its client calls it
+        if isinstance(event, TokenEvent) and not event.is_first:
+            metrics.inter_token(event.context_tokens, event.gap_seconds, name)
+            return
+        # Nothing of a search can be read before all of it is known.
+        waited = event.gap_seconds if isinstance(event, TokenEvent) else self.clock() - event.request.arrival
+        metrics.queued(num_prompt, event.queue_seconds, name)
+        metrics.prefilled(num_prompt, event.prefill_seconds, event.cached_tokens, name)
+        metrics.first_token(num_prompt, waited, name)
 
     def _end_all(self, error: AttendantError) -> None:
         for stream in self._streams.values():
@@ -426,3 +427,10 @@ class EngineLoop(BundleThread):
         result = self._engine.execute(plan)
         events += self._scheduler.update(plan, result, self.clock())
         self._call_soon(self._publish, plan, result, events, self._scheduler.snapshot())
+
+
+def _num_tokens(event: Event) -> int:
+    """Return how many tokens of answers an event brings."""
+    if isinstance(event, SearchEvent):
+        return sum(len(found.token_ids) for found in event.finish.hypotheses)
+    return int(isinstance(event, TokenEvent))

@@ -139,6 +139,12 @@ class Settings(BaseSettings):
         (64, 128, 256, 512, 1024, 2048, 4096),
         description="upper bounds, in tokens, of the metrics' label seq_bucket, by commas",
     )
+    slo_first_token_seconds: float = Field(
+        0.5, gt=0, le=3600, description="objective: seconds to the first token; requests are counted by it"
+    )
+    slo_inter_token_seconds: float = Field(
+        0.05, gt=0, le=60, description="objective: seconds between a request's tokens, on average; requests count by it"
+    )
     state_dir: Path | None = Field(
         None, description="directory that keeps what was learned of latency across restarts; nothing is kept if unset"
     )

@@ -3,10 +3,9 @@
 from collections.abc import Callable
 
 import grpc
-from prometheus_client import CollectorRegistry
 
 from service.app.start_error import StartError
-from service.metrics import MetricsEndpoint
+from service.metrics import MetricsEndpoint, ServerMetrics
 from service.settings import Settings
 
 _MAX_STREAMS_PER_CONNECTION = 1000
@@ -46,7 +45,7 @@ def open_grpc_port(server: grpc.aio.Server, settings: Settings) -> int:
 
 
 def open_metrics_port(
-    registry: CollectorRegistry, settings: Settings, *, alive: Callable[[], bool], ready: Callable[[], bool]
+    metrics: ServerMetrics, settings: Settings, *, alive: Callable[[], bool], ready: Callable[[], bool]
 ) -> MetricsEndpoint:
     """Listen for HTTP.
 
@@ -54,7 +53,7 @@ def open_metrics_port(
         StartError: the port is taken.
     """
     try:
-        return MetricsEndpoint(registry, host=settings.host, port=settings.metrics_port, alive=alive, ready=ready)
+        return MetricsEndpoint(metrics, host=settings.host, port=settings.metrics_port, alive=alive, ready=ready)
     except OSError as error:
         address = _address(settings.host, settings.metrics_port)
         raise StartError(f"cannot listen on {address} (--metrics-port): {error.strerror}") from error

@@ -29,7 +29,7 @@ from service.bundle import BundleRefused, FoundBundle, RefusedBundle, scan
 from service.bundle_thread import BundleThread
 from service.encode_loop import EncodeOptions
 from service.engine_loop import EngineOptions
-from service.metrics import MetricsEndpoint, ServerMetrics
+from service.metrics import MetricsEndpoint, Objectives, ServerMetrics
 from service.rpc.catalog import ModelCatalog, State
 from service.rpc.health import HealthService
 from service.rpc.inference import InferenceService
@@ -61,7 +61,10 @@ class App:
         self._settings = settings
         self._announce = announce
         self.catalog = ModelCatalog()
-        self.metrics = ServerMetrics(settings.seq_buckets)
+        objectives = Objectives(
+            first_token=settings.slo_first_token_seconds, inter_token=settings.slo_inter_token_seconds
+        )
+        self.metrics = ServerMetrics(settings.seq_buckets, objectives)
         self.metrics.build_info.labels(version("attendant"), platform.python_version(), onnxruntime.__version__).set(1)
         self._health = HealthService()
         self._workers = TextWorkers(settings.text_threads, settings.max_waiting_requests)
@@ -94,7 +97,7 @@ class App:
         bundles = self._survey()
         self.port = open_grpc_port(self._server, self._settings)
         self._endpoint = open_metrics_port(
-            self.metrics.registry,
+            self.metrics,
             self._settings,
             alive=self._is_alive,
             ready=lambda: self._health.is_healthy("readiness"),
@@ -140,7 +143,9 @@ class App:
             (model_service_pb2.DESCRIPTOR.services_by_name["ModelService"], ModelService(self.catalog), None),
             (health_pb2.DESCRIPTOR.services_by_name["Health"], self._health, None),
         ]
-        self._server.add_generic_rpc_handlers([handlers(*service) for service in services])
+        self._server.add_generic_rpc_handlers(
+            [handlers(service, servicer, self.metrics, ended) for service, servicer, ended in services]
+        )
         if settings.reflection:
             names = (INFERENCE_SERVICE, MODEL_SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
@@ -201,6 +206,7 @@ class App:
             family=manifest.family,
             precision=manifest.precision,
             target=manifest.target,
+            timestamp=time.time(),
         )
         self._refresh()
         self._announce(f"READY {manifest.key} ({manifest.precision}) in {served.load_seconds:.2f} s")
@@ -230,6 +236,7 @@ class App:
             self._last_beat = time.monotonic()
             self._refresh()
             await asyncio.sleep(_WATCH_SECONDS)
+            self.metrics.lag.observe(time.monotonic() - self._last_beat - _WATCH_SECONDS)
 
     def _refresh(self) -> None:
         """Work out every health status anew."""

@@ -4,8 +4,10 @@ docs/metrics.md is the catalogue for people. Nothing here is global: whoever sta
 `ServerMetrics`, and several may live in one process.
 """
 
-from service.metrics.catalogue import ServerMetrics
+from service.metrics.buckets import Objectives
+from service.metrics.calls import MethodMetrics
 from service.metrics.endpoint import MetricsEndpoint
 from service.metrics.model import ModelMetrics, Task
+from service.metrics.server import ServerMetrics
 
-__all__ = ["MetricsEndpoint", "ModelMetrics", "ServerMetrics", "Task"]
+__all__ = ["MethodMetrics", "MetricsEndpoint", "ModelMetrics", "Objectives", "ServerMetrics", "Task"]

@@ -5,29 +5,34 @@ Objectives are exact bounds, because a share of requests under an objective can 
 
 from bisect import bisect_left
 from collections.abc import Sequence
-
-FIRST_TOKEN_OBJECTIVE_SECONDS = 0.5
-INTER_TOKEN_OBJECTIVE_SECONDS = 0.05
-DURATION_OBJECTIVE_SECONDS = 10.0
+from dataclasses import dataclass
 
 DEFAULT_SEQ_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096)
 
+COARSE_SECONDS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+CALL_SECONDS = (0.01, 0.1, 1.0, 10.0)
+BATCH_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 
-def _doubling(num_bounds: int, objective: float) -> tuple[float, ...]:
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objectives:
+    """What is promised, in seconds; each is an exact bound of its histogram, and requests are counted by it.
+
+    Args:
+        first_token: from arrival to the first token.
+        inter_token: between two tokens of one request, on average over the request.
+        duration: from arrival to the end.
+    """
+
+    first_token: float = 0.5
+    inter_token: float = 0.05
+    duration: float = 10.0
+
+
+def doubling(num_bounds: int, objective: float) -> tuple[float, ...]:
     """Return bounds from 100 microseconds that double, and the objective between them."""
     return tuple(sorted({*(1e-4 * 2.0**i for i in range(num_bounds)), objective}))
-
-
-FIRST_TOKEN_SECONDS = _doubling(21, FIRST_TOKEN_OBJECTIVE_SECONDS)  # to 105 s
-INTER_TOKEN_SECONDS = _doubling(15, INTER_TOKEN_OBJECTIVE_SECONDS)  # to 1.6 s
-DURATION_SECONDS = _doubling(21, DURATION_OBJECTIVE_SECONDS)
-COARSE_SECONDS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-BATCH_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
-
-
-def powers_of_two(maximum: int) -> tuple[int, ...]:
-    """Return 1, 2, 4, ... up to the first power that reaches `maximum`, 14 at most."""
-    return tuple(2**i for i in range(min(14, (maximum - 1).bit_length() + 1)))
 
 
 class SeqBuckets:

@@ -6,12 +6,14 @@ It runs in threads of its own, because rendering takes milliseconds that the eve
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable
 from http.server import ThreadingHTTPServer
 from socketserver import TCPServer
 
-from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import MetricsHandler
+
+from service.metrics.server import ServerMetrics
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ class MetricsEndpoint:
     """Listens from construction until `close`.
 
     Args:
-        registry: what /metrics shows.
+        metrics: what /metrics shows.
         host: address to listen on.
         port: TCP port; 0 takes a free one, see `port`.
         alive: whether /healthz answers 200; called from other threads.
@@ -48,10 +50,10 @@ class MetricsEndpoint:
         OSError: the port cannot be taken.
     """
 
-    def __init__(self, registry: CollectorRegistry, *, host: str, port: int, alive: Probe, ready: Probe) -> None:
+    def __init__(self, metrics: ServerMetrics, *, host: str, port: int, alive: Probe, ready: Probe) -> None:
         probes = {"/healthz": alive, "/readyz": ready}
         server = _Server6 if ":" in host else _Server
-        self._server = server((host, port), _handler(registry, probes))
+        self._server = server((host, port), _handler(metrics, probes))
         self.port: int = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
         self._thread.start()
@@ -63,15 +65,17 @@ class MetricsEndpoint:
         self._thread.join()
 
 
-def _handler(metrics_registry: CollectorRegistry, probes: dict[str, Probe]) -> type[MetricsHandler]:
+def _handler(metrics: ServerMetrics, probes: dict[str, Probe]) -> type[MetricsHandler]:
     class Handler(MetricsHandler):
-        registry = metrics_registry
+        registry = metrics.registry
         timeout = 10.0  # seconds that a silent connection may hold a thread
 
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
             if path == "/metrics":
+                started = time.perf_counter()
                 super().do_GET()
+                metrics.scrape_seconds.set(time.perf_counter() - started)
             elif (probe := probes.get(path)) is not None:
                 self._answer(200, "ok\n") if probe() else self._answer(503, "not now\n")
             else:

@@ -83,7 +83,7 @@ class EncodingMethods:
             raise
         for each in inputs:
             model.metrics.encoded(each.item.length, call.ended - arrival)
-        model.metrics.completed()
+        model.metrics.completed(has_deadline=context.time_remaining() is not None)
         timings = timings_of(call, tokenise_seconds)
         answer = Answer(results=call.results, reading=reading, usage=usage_of(inputs), timings=timings)
         return task.respond(request, inputs, answer)

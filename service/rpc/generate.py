@@ -162,7 +162,13 @@ class Generating:
             finished.finish_reason = wire_reason(answer.finish_reason)
             await context.write(pb.GenerateResponse(finished=finished))
             accepted.model.metrics.succeeded(
-                answer.finish_reason.value, request.num_prompt, answer.num_tokens, ended - accepted.arrival
+                answer.finish_reason.value,
+                request.num_prompt,
+                answer.num_tokens,
+                ended - accepted.arrival,
+                first_token_seconds=accepted.stream.queue_seconds + accepted.stream.prefill_seconds,
+                has_deadline=request.deadline is not None,
+                request_id=accepted.options.request_id,
             )
             return
         raise AssertionError(f"the stream of request {request.request_id} ended without a finish")
@@ -184,6 +190,8 @@ class Generating:
             request.num_prompt,
             sum(len(found.token_ids) for found in finish.hypotheses),
             ended - accepted.arrival,
+            has_deadline=request.deadline is not None,
+            request_id=accepted.options.request_id,
         )
 
 

@@ -5,6 +5,7 @@ A servicer's method is `async def Method(request, context)`; a streaming one wri
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 from grpc_status import rpc_status
 
+from service.metrics import MethodMetrics, ServerMetrics
 from service.rpc.malformed import Malformed, tolerant
 from service.rpc.status import code_of, to_status
 
@@ -25,10 +27,18 @@ Ended = Callable[[str, Message | None, grpc.StatusCode], None]
 _EARLY_SECONDS = 0.1
 
 
-def handlers(service: ServiceDescriptor, servicer: object, ended: Ended | None = None) -> grpc.GenericRpcHandler:
+def handlers(
+    service: ServiceDescriptor, servicer: object, metrics: ServerMetrics, ended: Ended | None = None
+) -> grpc.GenericRpcHandler:
     """Return what a server needs to answer a service's calls with a servicer."""
     by_name = {
-        method.name: _handler(method, getattr(servicer, method.name), ended or _ignore) for method in service.methods
+        method.name: _handler(
+            method,
+            getattr(servicer, method.name),
+            metrics.method(service.full_name, method.name, streams=method.server_streaming),
+            ended or _ignore,
+        )
+        for method in service.methods
     }
     return grpc.method_handlers_generic_handler(service.full_name, by_name)
 
@@ -37,17 +47,27 @@ def _ignore(method: str, request: Message | None, code: grpc.StatusCode) -> None
     pass
 
 
-def _handler(method: MethodDescriptor, function: Method, ended: Ended) -> Any:
+def _handler(method: MethodDescriptor, function: Method, metrics: MethodMetrics, ended: Ended) -> Any:
     make = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
     return make(
-        _guarded(method.name, function, ended),
+        _guarded(method.name, function, metrics, ended),
         request_deserializer=tolerant(message_factory.GetMessageClass(method.input_type)),
-        response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
+        response_serializer=_counted(message_factory.GetMessageClass(method.output_type), metrics),
     )
 
 
-def _guarded(name: str, function: Method, ended: Ended) -> Any:
+def _counted(message_type: type[Message], metrics: MethodMetrics) -> Callable[[Message], bytes]:
+    def serialize(message: Message) -> bytes:
+        metrics.sent()
+        return message_type.SerializeToString(message)
+
+    return serialize
+
+
+def _guarded(name: str, function: Method, metrics: MethodMetrics, ended: Ended) -> Any:
     async def answer(request: Message | Malformed, context: Context) -> Any:
+        started = time.perf_counter()
+        metrics.started()
         code = grpc.StatusCode.OK
         try:
             if isinstance(request, Malformed):
@@ -63,6 +83,7 @@ def _guarded(name: str, function: Method, ended: Ended) -> Any:
             code = code_of(error)
             await context.abort_with_status(rpc_status.to_status(to_status(error)))
         finally:
+            metrics.ended(code.name, time.perf_counter() - started)
             ended(name, None if isinstance(request, Malformed) else request, code)
 
     return answer

@@ -101,6 +101,11 @@ class Snapshot:
         """Sequences with a slot."""
         return len(self.sequences) - self.num_waiting
 
+    @property
+    def num_uncomputed(self) -> int:
+        """Prompt tokens of all sequences that are not computed yet."""
+        return sum(max(0, view.num_prompt - view.num_computed) for view in self.sequences)
+
 
 def view_of(sequence: LiveSequence) -> SequenceView:
     """Return what a snapshot shows."""

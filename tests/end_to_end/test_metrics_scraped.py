@@ -44,7 +44,7 @@ def test_traffic_is_counted_by_length_code_and_reason(start, refusal_of, eventua
     families = list(text_string_to_metric_families(server.get("/metrics")))
     assert sum(len(family.samples) for family in families) < 1500
     assert all(family.documentation for family in families)
-    assert {family.name.partition("_")[0] for family in families} == {"attendant", "process"}
+    assert {family.name.partition("_")[0] for family in families} == {"attendant", "grpc", "process", "python"}
 
 
 def test_time_to_first_token_is_at_least_queue_and_prefill(server) -> None:

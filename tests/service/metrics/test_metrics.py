@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.metrics import MetricsEndpoint, ServerMetrics, buckets
 from service.metrics.model import ENDS, PHASES, TERMS
+from service.metrics.reference import page
 from service.scheduling.latency import LatencyModel
 from service.scheduling.work import decode_work
 
@@ -40,7 +41,7 @@ def metrics() -> ServerMetrics:
 
 @pytest.fixture
 def endpoint(metrics: ServerMetrics) -> Iterator[MetricsEndpoint]:
-    endpoint = MetricsEndpoint(metrics.registry, host="127.0.0.1", port=0, alive=lambda: True, ready=lambda: False)
+    endpoint = MetricsEndpoint(metrics, host="127.0.0.1", port=0, alive=lambda: True, ready=lambda: False)
     yield endpoint
     endpoint.close()
 
@@ -53,9 +54,12 @@ def test_a_scrape_over_http_shows_what_happened(metrics: ServerMetrics, endpoint
     model.first_token(300, 0.25)
     for context in (510, 511, 512, 513):
         model.inter_token(context, 0.011)
+    model.generated(5)
     model.step("decode", rows=3, real_tokens=3, padding_tokens=1, seconds=0.01)
-    model.occupancy(waiting=2, running=3, kv_tokens_used=250, kv_tokens_total=1000)
-    model.succeeded("length", prompt_tokens=300, output_tokens=5, seconds=0.3)
+    model.queue(waiting=2, running=3, tokens=700, predicted_seconds=1.5)
+    model.memory_is(1000, block_tokens=16, num_slots=4)
+    model.memory(reserved=250, committed=400)
+    model.succeeded("length", prompt_tokens=300, output_tokens=5, seconds=0.3, first_token_seconds=0.26)
     metrics.answered(MODEL, "generate", "OK")
     metrics.answered(None, "generate", "NOT_FOUND")
 
@@ -66,6 +70,7 @@ def test_a_scrape_over_http_shows_what_happened(metrics: ServerMetrics, endpoint
         ("request_queue_seconds", "512", 1),
         ("request_prefill_seconds", "512", 1),
         ("request_duration_seconds", "512", 1),
+        ("time_per_output_token_seconds", "512", 1),
         ("inter_token_latency_seconds", "512", 3),
         ("inter_token_latency_seconds", "1024", 1),
     ):
@@ -77,8 +82,11 @@ def test_a_scrape_over_http_shows_what_happened(metrics: ServerMetrics, endpoint
     }
     assert tokens == {"prompt": 200, "prompt_cached": 100, "output": 5}
     assert value(families, "attendant_kv_cache_usage_ratio", "attendant_kv_cache_usage_ratio") == 0.25
-    assert value(families, "attendant_kv_cache_tokens", "attendant_kv_cache_tokens", state="free") == 750
-    assert value(families, "attendant_batch_tokens", "attendant_batch_tokens_total", kind="padding") == 1
+    assert value(families, "attendant_kv_cache_tokens", "attendant_kv_cache_tokens", state="free") == 600
+    assert value(families, "attendant_kv_cache_tokens", "attendant_kv_cache_tokens", state="cached") == 150
+    padding = {"phase": "decode", "kind": "padding"}
+    assert value(families, "attendant_batch_tokens", "attendant_batch_tokens_total", **padding) == 1
+    assert value(families, "attendant_predicted_queue_seconds", "attendant_predicted_queue_seconds") == 1.5
     assert value(families, "attendant_model_ready", "attendant_model_ready", model=MODEL) == 1
     requests = "attendant_requests_total"
     assert value(families, "attendant_requests", requests, model="_unknown", code="NOT_FOUND") == 1
@@ -87,11 +95,14 @@ def test_a_scrape_over_http_shows_what_happened(metrics: ServerMetrics, endpoint
 
 def test_objectives_are_exact_bounds_and_times_at_most_double(metrics: ServerMetrics) -> None:
     objectives = {
-        buckets.FIRST_TOKEN_SECONDS: 0.5,
-        buckets.INTER_TOKEN_SECONDS: 0.05,
-        buckets.DURATION_SECONDS: 10.0,
+        "attendant_time_to_first_token_seconds": 0.5,
+        "attendant_inter_token_latency_seconds": 0.05,
+        "attendant_request_duration_seconds": 10.0,
     }
-    for bounds, objective in objectives.items():
+    by_name = {family.name: family.bounds for family in metrics.families}
+    assert 0.05 in by_name["attendant_time_per_output_token_seconds"]
+    for name, objective in objectives.items():
+        bounds = by_name[name]
         assert bounds[0] == 1e-4
         assert objective in bounds
         assert all(low < high <= 2.0000001 * low for low, high in itertools.pairwise(bounds))
@@ -119,6 +130,7 @@ def test_lengths_that_a_model_cannot_have_get_no_bucket(metrics: ServerMetrics) 
 def test_the_number_of_series_does_not_depend_on_traffic(metrics: ServerMetrics, endpoint: MetricsEndpoint) -> None:
     model = metrics.model(MODEL, longest=1_000_000)
     model.loaded(1.0, sha256="00" * 32, family="decoder", precision="fp32", target="cpu")
+    model.memory_is(1000, block_tokens=16, num_slots=4)
 
     def num_series() -> int:
         return sum(len(family.samples) for family in scrape(endpoint).values())
@@ -131,10 +143,12 @@ def test_the_number_of_series_does_not_depend_on_traffic(metrics: ServerMetrics,
         model.queued(length, seconds)
         model.prefilled(length, seconds)
         model.first_token(length, seconds)
-        model.inter_token(length, seconds, count=2)
+        model.inter_token(length, seconds, f"{length}")
+        model.generated(2)
         model.step(random_numbers.choice(PHASES["generate"]), 3, length, 0, seconds)
-        model.occupancy(1, 2, 3, 4)
-        model.succeeded("eos", length, length, seconds)
+        model.queue(1, 2, length, seconds)
+        model.memory(3, 4)
+        model.succeeded("eos", length, length, seconds, first_token_seconds=0.0, request_id="a" * length)
         model.failed("cancelled")
         metrics.answered(MODEL, "generate", "OK")
         metrics.turned_away(MODEL, "queue_full")
@@ -182,11 +196,20 @@ def test_probes_answer_over_http(endpoint: MetricsEndpoint) -> None:
 
 def test_a_second_endpoint_on_the_same_port_fails_at_once(metrics: ServerMetrics, endpoint: MetricsEndpoint) -> None:
     with pytest.raises(OSError, match="in use"):
-        MetricsEndpoint(metrics.registry, host="127.0.0.1", port=endpoint.port, alive=lambda: True, ready=lambda: True)
+        MetricsEndpoint(metrics, host="127.0.0.1", port=endpoint.port, alive=lambda: True, ready=lambda: True)
 
 
-def test_every_metric_is_in_the_catalogue_for_people(metrics: ServerMetrics, endpoint: MetricsEndpoint) -> None:
-    catalogue = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text("utf-8")
+def test_the_page_for_people_is_what_the_code_says(metrics: ServerMetrics, endpoint: MetricsEndpoint) -> None:
+    committed = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text("utf-8")
+    assert committed == page(), "docs/metrics.md is not what `make docs` writes"
+    metrics.model(MODEL, longest=8192)
     for family in scrape(endpoint).values():
         suffix = "_total" if family.type == "counter" else ""
-        assert f"`{family.name}{suffix}`" in catalogue or family.name.startswith("process_"), family.name
+        assert f"`{family.name}{suffix}`" in committed or family.name.startswith(("process_", "python_")), family.name
+
+
+def test_what_is_one_unit_ends_in_it_and_says_so(metrics: ServerMetrics) -> None:
+    for family in metrics.families:
+        assert family.meaning.endswith("."), family
+        assert not family.unit or family.name.removesuffix("_total").endswith("_" + family.unit), family
+        assert (family.kind == "counter") == family.name.endswith("_total"), family

@@ -12,6 +12,7 @@ from grpc_status import rpc_status
 
 from service.errors import QueueFull
 from service.rpc.health import HealthService
+from service.metrics import ServerMetrics
 from service.rpc.registration import Context, handlers
 from service.rpc.status import UNKNOWN_FAULT
 
@@ -52,7 +53,7 @@ class Served:
         self.ended: list[tuple[str, bool, grpc.StatusCode]] = []
         self.one_ended = asyncio.Event()
         self._server = grpc.aio.server()
-        self._server.add_generic_rpc_handlers((handlers(HEALTH, servicer, self._note),))
+        self._server.add_generic_rpc_handlers((handlers(HEALTH, servicer, ServerMetrics(), self._note),))
         self._port = self._server.add_insecure_port("127.0.0.1:0")
 
     def _note(self, method: str, request: Message | None, code: grpc.StatusCode) -> None:
