@@ -10,7 +10,7 @@ from service.app.server import App
 from service.app.start_error import StartError
 from service.settings import Settings
 
-_WATCHDOG_SECONDS = 15.0
+WATCHDOG_SECONDS = 15.0
 
 
 async def serve(settings: Settings, announce: Callable[[str], None]) -> None:
@@ -38,7 +38,7 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> None:
         hurry.set()
         raise
     finally:
-        _start_watchdog(settings.drain_delay_seconds + settings.drain_seconds + _WATCHDOG_SECONDS)
+        _start_watchdog(settings.drain_delay_seconds + settings.drain_seconds + WATCHDOG_SECONDS)
         await app.stop(hurry)
 
 

@@ -124,7 +124,7 @@ class App:
         """Return what is to be served of the repository, and list it."""
         try:
             found = scan(self._settings.repository)
-        except NotADirectoryError as error:
+        except OSError as error:  # there is none, or it may not be read
             raise StartError(str(error)) from error
         chosen = choose(found, self._settings.models)
         if not chosen:

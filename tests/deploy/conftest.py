@@ -1,9 +1,9 @@
 """What deploy/ says, read as Docker and Kubernetes would read it."""
 
 import json
-import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
+Object = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,20 +63,29 @@ def dockerfile() -> list[Instruction]:
 
 
 @pytest.fixture(scope="session")
-def kustomize() -> Callable[[str], list[dict[str, Any]]]:
-    """Render a directory of deploy/kubernetes into its objects."""
-    rendered: dict[str, list[dict[str, Any]]] = {}
+def render(tmp_path_factory) -> Callable[..., list[Object]]:
+    """Render an overlay into its objects; a component that it has as a comment may be taken in."""
+    rendered: dict[tuple[str, str], list[Object]] = {}
 
-    def kustomize(directory: str) -> list[dict[str, Any]]:
-        if directory not in rendered:
-            command = ["kubectl", "kustomize", str(ROOT / "deploy/kubernetes" / directory)]
-            environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-            done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=60)
-            assert done.returncode == 0, f"{directory}: {done.stderr}"
-            rendered[directory] = list(yaml.safe_load_all(done.stdout))
-        return rendered[directory]
+    def render(overlay: str, component: str = "") -> list[Object]:
+        if (overlay, component) not in rendered:
+            tree = tmp_path_factory.mktemp("kubernetes")
+            shutil.copytree(ROOT / "deploy/kubernetes", tree, dirs_exist_ok=True)
+            path = tree / "overlays" / overlay / "kustomization.yaml"
+            text = path.read_text("utf-8")
+            if component:
+                assert f"  # - ../../components/{component}" in text, f"{overlay} has no {component} to take in"
+                if component.startswith("models-"):
+                    text = text.replace("  - ../../components/models-", "  # - ../../components/models-")
+                text = text.replace(f"  # - ../../components/{component}", f"  - ../../components/{component}")
+                path.write_text(text, "utf-8")
+            command = [Path(sys.executable).parent / "kubectl", "kustomize", path.parent]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+            assert (done.returncode, done.stderr) == (0, ""), f"{overlay} with {component}: {done.stderr}"
+            rendered[overlay, component] = list(yaml.safe_load_all(done.stdout))
+        return rendered[overlay, component]
 
-    return kustomize
+    return render
 
 
 @pytest.fixture
