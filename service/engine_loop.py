@@ -51,6 +51,8 @@ from service.scheduling.sequence import Snapshot
 from service.scheduling.slots import PAGE_POSITIONS
 from service.scheduling.work import Phase, Work, plan_work
 
+_FORECAST_SECONDS = 0.25  # between two looks at how long the queue is: it costs more than a scrape can show
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
@@ -190,6 +192,8 @@ class EngineLoop(BundleThread):
         self._options = options
         self._metrics = metrics
         metrics.memory_is(self._scheduler.config.kv_budget, PAGE_POSITIONS, options.num_slots)
+        self._queue_seconds = 0.0  # as foreseen when `_forecast_at` was last put off
+        self._forecast_at = 0.0
         self._streams: dict[str, TokenStream] = {}
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._last_finishes: deque[float] = deque(maxlen=16)
@@ -339,7 +343,9 @@ class EngineLoop(BundleThread):
 
     def _publish_occupancy(self, snapshot: Snapshot) -> None:
         waiting = snapshot.num_waiting
-        self._metrics.queue(waiting, len(snapshot.sequences) - waiting, snapshot.num_uncomputed)
+        running = len(snapshot.sequences) - waiting
+        predicted = self._queue_seconds if waiting else 0.0
+        self._metrics.queue(waiting, running, snapshot.num_uncomputed, predicted)
         self._metrics.memory(snapshot.reserved, snapshot.committed)
 
     def _measure(self, plan: StepPlan, result: StepResult) -> None:
@@ -425,7 +431,10 @@ class EngineLoop(BundleThread):
         events = self._scheduler.expire(self._busy_since)
         plan = self._scheduler.schedule(self._busy_since)
         result = self._engine.execute(plan)
-        events += self._scheduler.update(plan, result, self.clock())
+        now = self.clock()
+        events += self._scheduler.update(plan, result, now)
+        if now >= self._forecast_at:
+            self._queue_seconds, self._forecast_at = self._scheduler.queue_seconds(now), now + _FORECAST_SECONDS
         self._call_soon(self._publish, plan, result, events, self._scheduler.snapshot())
 
 
