@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -12,52 +11,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 import grpc
+from served import serve
 from workloads import Workload
 
 from attendant.v1 import generation_pb2, inference_service_pb2_grpc
-
-START_SECONDS = 120
-
-
-def free_port() -> int:
-    """Return a port nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @contextlib.contextmanager
 def server(repository: Path, names: list[str], threads: int) -> Iterator[str]:
     """Run `python -m service` and yield its address once it is ready."""
-    port = free_port()
-    command = [sys.executable, "-m", "service", "--repository", str(repository), "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--metrics-port", str(free_port()), "--threads", str(threads)]
-    command += ["--models", ",".join(names), "--log-level", "warning"]
-    process = subprocess.Popen(command)
-    try:
-        address = f"127.0.0.1:{port}"
-        with grpc.insecure_channel(address) as channel:
-            _wait_until_ready(channel, process)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def _wait_until_ready(channel: grpc.Channel, process: "subprocess.Popen[bytes]") -> None:
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-    health = health_pb2_grpc.HealthStub(channel)
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise RuntimeError(f"the server left with {process.returncode}")
-        with contextlib.suppress(grpc.RpcError):
-            request = health_pb2.HealthCheckRequest(service="readiness")
-            if health.Check(request, wait_for_ready=True, timeout=2).status == health_pb2.HealthCheckResponse.SERVING:
-                return
-        time.sleep(0.1)
-    raise RuntimeError(f"the server was not ready after {START_SECONDS} s")
+    with serve(repository, names, threads) as served:
+        yield served.address
 
 
 def run(address: str, model: str, workload: Workload) -> float:
