@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Callable
+from math import inf
 from typing import Final, cast
 
 from attendant._messages import GenerateOptions
@@ -49,13 +50,14 @@ def parser(
     health: Run,
     tokenize: Run,
     latency: Run,
+    top: Run,
 ) -> argparse.ArgumentParser:
     """Return the parser; each command's namespace carries the function that runs it as `run`."""
     root = argparse.ArgumentParser(
         prog="attendant",
         description="Talk to an Attendant server.",
-        epilog="ATTENDANT_SERVER and ATTENDANT_MODEL stand in for --server and --model. Exit status: 0 done, "
-        "1 the call failed, 2 the request was wrong, 130 interrupted.",
+        epilog="ATTENDANT_SERVER, ATTENDANT_MODEL and ATTENDANT_METRICS stand in for --server, --model and --metrics. "
+        "Exit status: 0 done, 1 the call failed, 2 the request was wrong, 130 interrupted.",
     )
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -113,15 +115,20 @@ def parser(
     _add_model(command)
     command.add_argument("--json", action="store_true", help="one JSON object")
 
-    command = commands.add_parser("latency", help="show latency by sequence length")
-    command.set_defaults(run=latency)
+    _add_metrics(commands, "latency", latency, "show latency by sequence length")
+
+    command = _add_metrics(commands, "top", top, "show what the server does, until Ctrl-C")
     command.add_argument(
-        "--metrics",
-        metavar="URL",
-        default="http://localhost:8002/metrics",
-        help="the server's metrics (default: %(default)s)",
+        "--every",
+        type=_positive,
+        metavar="SECONDS",
+        help="between two frames (default: 2); with --once, how long to look",
     )
-    _add_model(command)
+    command.add_argument(
+        "--once",
+        action="store_true",
+        help="print one frame and end: of everything since the server started, or of the next --every seconds",
+    )
     return root
 
 
@@ -168,12 +175,34 @@ def _command(
     return command
 
 
-def _add_model(command: argparse.ArgumentParser) -> None:
+def _add_metrics(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, run: Run, text: str
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    command.set_defaults(run=run)
+    command.add_argument(
+        "--metrics",
+        metavar="URL",
+        default=os.environ.get("ATTENDANT_METRICS", "http://localhost:8002/metrics"),
+        help="the server's metrics (default: %(default)s)",
+    )
+    _add_model(command, default="all")
+    return command
+
+
+def _positive(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < inf:
+        raise argparse.ArgumentTypeError(f"{text} is no time that passes; give a number of seconds over 0")
+    return seconds
+
+
+def _add_model(command: argparse.ArgumentParser, default: str = "the only one served") -> None:
     command.add_argument(
         "--model",
         metavar="NAME",
         default=os.environ.get("ATTENDANT_MODEL"),
-        help='"name" or "name/version" (default: the only one served)',
+        help=f'"name" or "name/version" (default: {default})',
     )
 
 

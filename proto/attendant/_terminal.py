@@ -22,12 +22,3 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequen
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    """Return seconds with three digits in a unit that suits them."""
-    if seconds < 1e-3:
-        return f"{seconds * 1e6:.0f} us"
-    if seconds < 1:
-        return f"{seconds * 1e3:.3g} ms"
-    return f"{seconds:.3g} s"

@@ -8,8 +8,6 @@ import argparse
 import json
 import os
 import sys
-import urllib.error
-import urllib.request
 from contextlib import suppress
 from dataclasses import asdict
 from importlib import import_module
@@ -21,10 +19,12 @@ from attendant._encoding_types import Classifiable, Classifications, FilledTexts
 from attendant._errors import AttendantError, InvalidRequest, Unavailable
 from attendant._latency import latency_table
 from attendant._sheet import sheet_of
-from attendant._terminal import duration, table, visible
+from attendant._terminal import table, visible
 from attendant._types import Delta, Finished, Message, Started
+from attendant._watch import EVERY_SECONDS, NoAnswer, fetch, show_once, watch
 from attendant.client import Client, GenerateStream
 from attendant.heatmap import Sheet, entropy_table, render_html, render_terminal, takes_colours, write_pngs
+from attendant.telemetry import duration
 
 MAX_INPUTS = 256  # texts of one call
 MAX_MAPS = 4  # that are drawn without being asked for
@@ -50,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         health=health,
         tokenize=tokenize,
         latency=latency,
+        top=top,
     ).parse_args(arguments)
     try:
         status: int = args.run(args)
@@ -63,6 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
         return BROKEN_PIPE
     except AttendantError as error:
         return _complain(_explain(error, args), MISUSED if isinstance(error, InvalidRequest) else FAILED)
+    except NoAnswer as error:
+        return _complain(str(error), FAILED)
     except (UsageError, ValueError) as error:  # ValueError: an option does not fit its field
         return _complain(str(error), MISUSED)
 
@@ -305,13 +308,18 @@ def tokenize(args: argparse.Namespace) -> int:
 
 def latency(args: argparse.Namespace) -> int:
     """Show latency by sequence length."""
-    try:
-        with urllib.request.urlopen(args.metrics, timeout=10) as response:
-            text = response.read().decode("utf-8", errors="replace")
-    except (OSError, ValueError) as error:
-        reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        return _complain(f"cannot read {args.metrics}: {reason}", FAILED)
+    text, _ = fetch(args.metrics)
     print(latency_table(text, model=args.model) or "Nothing has been measured yet.")
+    return 0
+
+
+def top(args: argparse.Namespace) -> int:
+    """Show what the server does now, until Ctrl-C."""
+    if args.once:
+        print(*show_once(args.metrics, args.model, over=args.every), sep="\n")
+        return 0
+    with suppress(KeyboardInterrupt):
+        watch(args.metrics, args.model, every=args.every or EVERY_SECONDS)
     return 0
 
 

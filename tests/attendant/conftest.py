@@ -1,8 +1,15 @@
-"""A real gRPC server on a real socket whose answers a test writes."""
+"""A real gRPC server on a real socket whose answers a test writes, and the command as a person runs it."""
 
+import os
+import pty
+import re
+import select
 import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,6 +34,7 @@ from attendant.v1.inference_service_pb2_grpc import InferenceServiceServicer, ad
 from attendant.v1.model_service_pb2_grpc import ModelServiceServicer, add_ModelServiceServicer_to_server
 
 PATIENCE = 20  # seconds after which something that should have happened has not
+COMMAND = [sys.executable, "-m", "attendant.cli"]
 
 
 def answer(*texts: str, logprobs: bool = False) -> list[generation_pb2.GenerateResponse]:
@@ -226,3 +234,99 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+# The command in a process of its own.
+
+
+@pytest.fixture
+def environment(address) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("ATTENDANT_")}
+    return kept | {"ATTENDANT_SERVER": address}
+
+
+@pytest.fixture
+def run(environment):
+    def run(*arguments: str, stdin: str | bytes = b"") -> subprocess.CompletedProcess[str]:
+        data = stdin.encode() if isinstance(stdin, str) else stdin
+        done = subprocess.run(
+            [*COMMAND, *arguments], input=data, capture_output=True, env=environment, timeout=PATIENCE, check=False
+        )
+        return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    return run
+
+
+@pytest.fixture
+def start(environment) -> Iterator:
+    """Start the command with a pipe for its output; whatever still runs afterwards is killed."""
+    running = []
+
+    def start(*arguments: str, command=COMMAND, **pipes) -> subprocess.Popen:
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | pipes
+        running.append(subprocess.Popen([*command, *arguments], env=environment, **pipes))
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+class Terminal:
+    """Both ends of a pseudo terminal: a person types, reads, and waits for words."""
+
+    def __init__(self) -> None:
+        self.ours, self.theirs = pty.openpty()
+        self.seen = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.ours, text.encode())
+
+    def wait_for(self, pattern: str) -> str:
+        """Read until the pattern appears after what was waited for last."""
+        deadline = time.monotonic() + PATIENCE
+        while (found := re.search(pattern, self.seen, re.DOTALL)) is None:
+            ready, _, _ = select.select([self.ours], [], [], max(0, deadline - time.monotonic()))
+            assert ready, f"waited for {pattern!r}, saw {self.seen!r}"
+            self.seen += os.read(self.ours, 4096).decode()
+        self.seen = self.seen[found.end() :]
+        return found[0]
+
+    def interrupt_until(self, pattern: str) -> None:
+        """Press Ctrl-C, and again each second as a person would, until the pattern appears.
+
+        `input()` writes its prompt before it waits, and sleeps through a signal that arrives between the two.
+        """
+        for _ in range(PATIENCE):
+            self.type("\x03")
+            if select.select([self.ours], [], [], 1)[0]:
+                break
+        self.wait_for(pattern)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    terminal = Terminal()
+    yield terminal
+    os.close(terminal.ours)
+    os.close(terminal.theirs)
+
+
+OWN_TERMINAL = """
+import fcntl, sys, termios
+from attendant.cli import main
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+sys.exit(main())
+"""
+
+
+@pytest.fixture
+def on_terminal(start, terminal: Terminal) -> Callable[..., subprocess.Popen]:
+    """Start the command with the terminal as its own, so that typing Ctrl-C there interrupts it."""
+
+    def on_terminal(*arguments: str) -> subprocess.Popen:
+        ends = dict.fromkeys(("stdin", "stdout", "stderr"), terminal.theirs)
+        return start(*arguments, command=[sys.executable, "-c", OWN_TERMINAL], start_new_session=True, **ends)
+
+    return on_terminal

@@ -2,112 +2,16 @@
 
 import json
 import os
-import pty
 import re
-import select
 import signal
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Iterator
 
 import grpc
-import pytest
 from google.rpc import error_details_pb2
 
 from attendant.v1 import model_service_pb2
 
 PATIENCE = 20  # seconds
-COMMAND = [sys.executable, "-m", "attendant.cli"]
-
-
-@pytest.fixture
-def environment(address) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("ATTENDANT_")}
-    return kept | {"ATTENDANT_SERVER": address}
-
-
-@pytest.fixture
-def run(environment):
-    def run(*arguments: str, stdin: str | bytes = b"") -> subprocess.CompletedProcess[str]:
-        data = stdin.encode() if isinstance(stdin, str) else stdin
-        done = subprocess.run(
-            [*COMMAND, *arguments], input=data, capture_output=True, env=environment, timeout=PATIENCE, check=False
-        )
-        return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
-
-    return run
-
-
-@pytest.fixture
-def start(environment) -> Iterator:
-    """Start the command with a pipe for its output; whatever still runs afterwards is killed."""
-    running = []
-
-    def start(*arguments: str, command=COMMAND, **pipes) -> subprocess.Popen:
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | pipes
-        running.append(subprocess.Popen([*command, *arguments], env=environment, **pipes))
-        return running[-1]
-
-    yield start
-    for process in running:
-        process.kill()
-        process.communicate()
-
-
-class Terminal:
-    """Both ends of a pseudo terminal: a person types, reads, and waits for words."""
-
-    def __init__(self) -> None:
-        self.ours, self.theirs = pty.openpty()
-        self.seen = ""
-
-    def type(self, text: str) -> None:
-        os.write(self.ours, text.encode())
-
-    def wait_for(self, pattern: str) -> str:
-        """Read until the pattern appears after what was waited for last."""
-        deadline = time.monotonic() + PATIENCE
-        while (found := re.search(pattern, self.seen, re.DOTALL)) is None:
-            ready, _, _ = select.select([self.ours], [], [], max(0, deadline - time.monotonic()))
-            assert ready, f"waited for {pattern!r}, saw {self.seen!r}"
-            self.seen += os.read(self.ours, 4096).decode()
-        self.seen = self.seen[found.end() :]
-        return found[0]
-
-    def interrupt_until(self, pattern: str) -> None:
-        """Press Ctrl-C, and again each second as a person would, until the pattern appears.
-
-        `input()` writes its prompt before it waits, and sleeps through a signal that arrives between the two.
-        """
-        for _ in range(PATIENCE):
-            self.type("\x03")
-            if select.select([self.ours], [], [], 1)[0]:
-                break
-        self.wait_for(pattern)
-
-
-@pytest.fixture
-def terminal() -> Iterator[Terminal]:
-    terminal = Terminal()
-    yield terminal
-    os.close(terminal.ours)
-    os.close(terminal.theirs)
-
-
-OWN_TERMINAL = """
-import fcntl, sys, termios
-from attendant.cli import main
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-sys.exit(main())
-"""
-
-
-def on_terminal(start, terminal: Terminal, *arguments: str) -> subprocess.Popen:
-    """Start the command with the terminal as its own, so that typing Ctrl-C there interrupts it."""
-    ends = dict.fromkeys(("stdin", "stdout", "stderr"), terminal.theirs)
-    return start(*arguments, command=[sys.executable, "-c", OWN_TERMINAL], start_new_session=True, **ends)
 
 
 def test_the_prompt_comes_from_the_argument_or_from_standard_input(run, script):
@@ -267,8 +171,10 @@ def test_one_message_is_answered_with_the_system_before_it(run, script):
     assert turns == [[("system", "Be brief."), ("user", "hi there")], [("user", "hi there\n")]]
 
 
-def test_a_conversation_goes_on_after_ctrl_c_and_errors_until_ctrl_d(start, script, terminal, refusal, make_answer):
-    process = on_terminal(start, terminal, "chat")
+def test_a_conversation_goes_on_after_ctrl_c_and_errors_until_ctrl_d(
+    on_terminal, script, terminal, refusal, make_answer
+):
+    process = on_terminal("chat")
     terminal.wait_for("Ctrl-D.*> ")
     script.hang("thinking")
     terminal.type("one\n")
@@ -292,8 +198,8 @@ def test_a_conversation_goes_on_after_ctrl_c_and_errors_until_ctrl_d(start, scri
     assert process.wait(PATIENCE) == 0
 
 
-def test_a_terminal_without_a_prompt_is_told_what_to_give(start, terminal):
-    process = on_terminal(start, terminal, "generate")
+def test_a_terminal_without_a_prompt_is_told_what_to_give(on_terminal, terminal):
+    process = on_terminal("generate")
     terminal.wait_for("give a prompt as an argument or on standard input")
     assert process.wait(PATIENCE) == 2
 
