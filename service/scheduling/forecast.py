@@ -13,10 +13,20 @@ from math import inf
 from service.scheduling.config import SchedulerConfig
 from service.scheduling.output_lengths import OutputLengths
 from service.scheduling.request import Request
-from service.scheduling.work import Predict, Work, encode_work
+from service.scheduling.work import Predict, Work, encode_work, prefill_work
+
+CHUNK_UNIT = 32
+"""Prompt tokens of the smallest chunk, and what others are multiples of: below it a run costs about the same."""
 
 QUANTILE = 0.5
 """Of the lengths of answers: half of them are longer."""
+
+MARGIN = 0.2
+"""Of what a request still needs, which must be left over when another joins. Without it one in ten of those who had
+joined was late after all, with a third too few join (virtual time, a heavy-tailed mix at 0.5 to 1.2 of capacity)."""
+
+LENT = 0.5
+"""Of what the running can spare, which one step may use up for reading: more prompts come after this one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +79,6 @@ class Forecast:
             encoded: whether its source has been read.
         """
         remaining = self.lengths.remaining(request.max_tokens, num_output, QUANTILE)
-        if remaining is None:
-            return None
         reading: float | None = 0.0
         if request.source is not None and not encoded:
             reading = self._predict("encode", encode_work(1, max(1, len(request.source.token_ids))))
@@ -103,84 +111,92 @@ class Forecast:
         step = self.step_seconds([load])
         return None if step is None else load.reading + load.steps * step
 
-    def finish(self, own: Load, running: Sequence[Load], ahead: Sequence[Load]) -> float | None:
+    def finish(self, own: Due, running: Sequence[Due], ahead: Sequence[Load]) -> float | None:
         """Return the seconds until `own` is finished, with these running and these waiting before it.
 
         Few rows are fast and leave others waiting, many are slow: it is taken to run among as many as are best for it.
         """
-        present = sum(load.rows for load in running)
-        widths = {1 << exponent for exponent in range(self._config.num_slots.bit_length())} | {self._config.num_slots}
-        usable = sorted(width for width in widths if present <= width <= self._config.num_slots) or [present]
-        found = [self._finish_among(width, own, running, ahead) for width in usable]
-        known = [seconds for seconds in found if seconds is not None]
-        return min(known) if known else None
+        present = sum(due.load.rows for due in running)
+        num_slots = self._config.num_slots
+        widths = {1 << exponent for exponent in range(num_slots.bit_length())} | {num_slots}
+        reading = own.load.reading + sum(load.reading for load in ahead)
+        reading += sum(due.load.reading for due in running if due.slack < own.slack)
+        before = [*(due.load for due in running), *ahead]
+        found = [
+            decoding
+            for width in widths
+            if present <= width <= num_slots and (decoding := self._decoding_among(width, own.load, before)) is not None
+        ]
+        return reading + min(found) if found else None
 
     def wait(self, running: Sequence[Load], ahead: Sequence[Load]) -> float:
         """Return the seconds until one more request would begin, behind these; 0 if that is not known."""
         begins = Load(reading=0.0, steps=0, rows=1, context=0.0)
-        return self._finish_among(self._config.num_slots, begins, running, ahead) or 0.0
+        before = [*running, *ahead]
+        decoding = self._decoding_among(self._config.num_slots, begins, before)
+        return 0.0 if decoding is None else decoding + sum(load.reading for load in before)
 
-    def _finish_among(self, width: int, own: Load, running: Sequence[Load], ahead: Sequence[Load]) -> float | None:
-        """Return the same with at most `width` rows at once: who waits begins when another ends, in order."""
-        everyone = [*running, *ahead, own]
-        step = self.step_seconds(everyone[:width])
+    def _decoding_among(self, width: int, own: Load, before: Sequence[Load]) -> float | None:
+        """Return the seconds of steps of at most `width` rows until `own` ends; who waits begins when another ends."""
+        step = self.step_seconds([*before, own][:width])
         if step is None:
             return None
         ends = [0] * width
-        for load in (*running, *ahead):
+        for load in before:
             for _ in range(load.rows):
                 heapreplace(ends, ends[0] + load.steps)
         for _ in range(own.rows - 1):
             heapreplace(ends, ends[0])
-        reading = sum(load.reading for load in everyone)
-        return reading + (ends[0] + own.steps) * step
+        return (ends[0] + own.steps) * step
 
     def joins(self, candidate: Due, running: Sequence[Due]) -> bool:
-        """Return whether one more can run so that it and all that would be in time still are."""
-        before, after = self._times(running), self._times([*running, candidate])
-        if after is None:
+        """Return whether one more can run so that it is in time, and all others who can still be so are, too.
+
+        Nothing runs exactly as foreseen, and who has joined stays: so a margin is kept.
+        """
+        dues = [due for due in (*running, candidate) if due.slack < inf]
+        spare = self.laxities([*running, candidate])
+        if spare is None:
             return True
-        if after[-1] > candidate.slack:
-            return False
-        in_time = (then <= due.slack for then, due in zip(before or after, running, strict=False))
+        finite = [seconds for seconds in spare if seconds < inf]
         return all(
-            later <= due.slack or not was_in_time
-            for later, due, was_in_time in zip(after, running, in_time, strict=False)
+            seconds >= MARGIN * (due.slack - seconds) or self._is_lost(due)
+            for due, seconds in zip(dues, finite, strict=True)
         )
 
-    def _times(self, dues: Sequence[Due]) -> list[float] | None:
-        """Return when each of these is finished if all run together."""
+    def _is_lost(self, due: Due) -> bool:
+        """Return whether a request would be late even if it had the engine for itself from now on."""
+        alone = self.alone(due.load)
+        return alone is not None and alone > due.slack
+
+    def laxities(self, dues: Sequence[Due]) -> list[float] | None:
+        """Return the seconds that each of these can spare if all run together; who is late has less than none.
+
+        Who can spare least reads first, so one waits for the reading of those who can spare less, and for its own.
+        """
         step = self.step_seconds(due.load for due in dues)
         if step is None:
             return None
-        reading = sum(due.load.reading for due in dues)
-        target = self._config.inter_token_target
-        room = max(target - step, target / 4) if target else inf  # seconds of reading in a step that decodes, too
-        slowed = 1 + step / room if any(not due.load.reading for due in dues) else 1.0
-        return [
-            (reading * slowed if due.load.reading else min(reading, due.load.steps * room)) + due.load.steps * step
-            for due in dues
-        ]
+        spare = [due.slack - due.load.steps * step - due.load.reading for due in dues]
+        read = 0.0
+        for index in sorted(range(len(dues)), key=spare.__getitem__):
+            spare[index] -= read
+            read += dues[index].load.reading
+        return spare
 
-    def chunk_tokens(self, decode_seconds: float, start: int, most: int) -> int | None:
-        """Return how many prompt tokens fit beside a decode so that the step keeps the inter-token target.
+    def chunk_tokens(self, seconds: float, start: int, most: int) -> int | None:
+        """Return how many prompt tokens can be read in so many seconds, in units; None while that is not known.
 
         Args:
-            decode_seconds: of the rows that decode.
+            seconds: there are.
             start: positions before the chunk.
             most: tokens that are of use.
         """
-        left = self._config.inter_token_target - decode_seconds
         low, high = 0, -(-most // CHUNK_UNIT)
         while low < high:
             middle = (low + high + 1) // 2
-            tokens = middle * CHUNK_UNIT
-            seconds = self._predict("prefill", Work(1, tokens, tokens * (start + tokens / 2)))
-            if seconds is None:
+            taken = self._predict("prefill", prefill_work(start, middle * CHUNK_UNIT))
+            if taken is None:
                 return None
-            low, high = (middle, high) if seconds <= left else (low, middle - 1)
-        return max(CHUNK_UNIT, low * CHUNK_UNIT)
-
-
-CHUNK_UNIT = 32
-"""Prompt tokens of the smallest chunk, and what others are multiples of: below it a run costs about the same."""
+            low, high = (middle, high) if taken <= seconds else (low, middle - 1)
+        return low * CHUNK_UNIT

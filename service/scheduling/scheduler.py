@@ -15,7 +15,7 @@ from math import inf
 
 from service.scheduling.beam import BeamSearch, Continuation
 from service.scheduling.config import SchedulerConfig
-from service.scheduling.forecast import Due, Forecast
+from service.scheduling.forecast import CHUNK_UNIT, LENT, Due, Forecast, Load
 from service.scheduling.plan import (
     Chunk,
     Encode,
@@ -123,42 +123,48 @@ class Scheduler:
         for sequence in [s for s in self._sequences.values() if _slack(s.request, now) <= 0]:
             self.cancel(sequence.request.request_id)
             events.append(ExpiryEvent(sequence.request, sequence.phase.value, sequence.num_output))
-        for sequence in self._by_urgency(Phase.WAITING, now):
-            seconds = self._seconds_to_finish(sequence, now) if sequence.request.deadline is not None else None
-            if seconds is not None and seconds > _slack(sequence.request, now):
-                num_running = len(self._sequences) - len(self._in(Phase.WAITING))
-                self.cancel(sequence.request.request_id)
-                events.append(
-                    RefusalEvent(
-                        request=sequence.request,
-                        predicted_seconds=now - sequence.request.arrival + seconds,
-                        num_waiting=len(self._in(Phase.WAITING)),
-                        num_running=num_running,
-                    )
-                )
+        if self._predict is not None:
+            events += self._refuse(now)
         return events
 
-    def _seconds_to_finish(self, sequence: LiveSequence, now: float) -> float | None:
-        """Return what a waiting request will take: behind the others when it comes, at the very least once it is in.
+    def _refuse(self, now: float) -> list[Event]:
+        """Turn away who comes and would be late behind those before it, or who waits and would be late even at once.
 
-        None while that is not known, or nobody else is here: then what is foreseen is put to the test.
+        Not before it is known how long answers are: then all are taken to be as long as they may be.
         """
-        if len(self._sequences) == 1:
-            return None
-        if sequence.load is not None:
-            return self._forecast.alone(sequence.load)
-        request = sequence.request
-        found = self._prefixes.longest(request.prompt) if self._reuses_prefix(request) else None
-        sequence.load = own = self._forecast.load(request, 0 if found is None else found[1])
-        if own is None:
-            return None
-        running = self._running_loads(now)
-        ahead = [
-            other.load
-            for other in self._by_urgency(Phase.WAITING, now)
-            if other.load is not None and self._urgency(other, now) < self._urgency(sequence, now)
-        ]
-        return self._forecast.finish(own, [due.load for due in running], ahead)
+        events: list[Event] = []
+        ahead: list[Load] = []
+        running = self._running(now)
+        for sequence in self._by_urgency(Phase.WAITING, now):
+            due, is_new = self._foresee(sequence, now)
+            if due is None:
+                continue
+            # Alone, what is foreseen is put to the test.
+            if due.slack < inf and len(self._sequences) > 1 and self._forecast.lengths.is_known:
+                seconds = self._forecast.finish(due, running, ahead) if is_new else self._forecast.alone(due.load)
+                if seconds is not None and seconds > due.slack:
+                    self.cancel(sequence.request.request_id)
+                    events.append(self._refusal(sequence.request, now, seconds))
+                    continue
+            ahead.append(due.load)
+        return events
+
+    def _foresee(self, sequence: LiveSequence, now: float) -> tuple[Due | None, bool]:
+        """Return what is to be done for a waiting request, if that is known, and whether it is known only now."""
+        request, is_new = sequence.request, sequence.load is None
+        if is_new:
+            found = self._prefixes.longest(request.prompt) if self._reuses_prefix(request) else None
+            sequence.load = self._forecast.load(request, 0 if found is None else found[1])
+        return None if sequence.load is None else Due(sequence.load, _slack(request, now)), is_new
+
+    def _refusal(self, request: Request, now: float, seconds: float) -> RefusalEvent:
+        num_waiting = len(self._in(Phase.WAITING))
+        return RefusalEvent(
+            request=request,
+            predicted_seconds=now - request.arrival + seconds,
+            num_waiting=num_waiting,
+            num_running=len(self._sequences) - num_waiting,
+        )
 
     def queue_seconds(self, now: float) -> float:
         """Return how long one more request like those that wait would wait, as foreseen; 0 if that is not known."""
@@ -166,9 +172,9 @@ class Scheduler:
         ahead = [sequence.load for sequence in waiting if sequence.load is not None]
         if not ahead:
             return 0.0
-        return self._forecast.wait([due.load for due in self._running_loads(now)], ahead)
+        return self._forecast.wait([due.load for due in self._running(now)], ahead)
 
-    def _running_loads(self, now: float) -> list[Due]:
+    def _running(self, now: float) -> list[Due]:
         """Return what those that have slots still have to do, as far as it can be foreseen."""
         found = []
         for sequence in self._sequences.values():
@@ -184,14 +190,16 @@ class Scheduler:
                 found.append(Due(load, _slack(sequence.request, now)))
         return found
 
-    def _urgency(self, sequence: LiveSequence, now: float) -> tuple[int, int, float, float]:
-        """Return what requests are ordered by; the lowest goes first."""
-        request = sequence.request
-        aged = int((now - request.arrival) / self.config.ageing)
-        return -(request.priority + aged), self._shares.rank(sequence.tenant), request.due, request.arrival
-
     def _by_urgency(self, phase: Phase, now: float) -> list[LiveSequence]:
-        return sorted(self._in(phase), key=lambda sequence: self._urgency(sequence, now))
+        """Return the sequences of a phase in the order in which they are to go on."""
+        ranks = self._shares.ranks()
+
+        def key(sequence: LiveSequence) -> tuple[int, int, float, float]:
+            request = sequence.request
+            aged = int((now - request.arrival) / self.config.ageing)
+            return -(request.priority + aged), ranks[sequence.tenant], request.due, request.arrival
+
+        return sorted(self._in(phase), key=key)
 
     def schedule(self, now: float) -> StepPlan:
         """Decide the next step. Admission, moves and releases take effect at once, tokens with `update`."""
@@ -202,9 +210,8 @@ class Scheduler:
             pass
         limit = self._chunk_limit(now)
         encodes = self._next_encodes(limit, now)
-        chunks = self._next_chunks(
-            limit, now, memory
-        )  # before the rows: a parked one is written behind what was copied
+        # Chunks before the rows: a parked one is written behind what was copied.
+        chunks = self._next_chunks(limit, now, memory)
         first_slot, rows = self._decode_rows(now)
         return StepPlan(
             memory=tuple(memory),
@@ -215,18 +222,31 @@ class Scheduler:
         )
 
     def _chunk_limit(self, now: float) -> int:
-        """Return how many prompt and source tokens the step may read."""
+        """Return how many prompt and source tokens the step may read.
+
+        Beside running streams, as many as keep the inter-token target and leave nobody late who would not be; who has
+        waited for long reads whatever it does to the others.
+        """
         decoding = [sequence.num_computed + 1 for sequence, _ in self._decoding()]
-        reading = self._by_urgency(Phase.PREFILL, now) if decoding else []
         if not decoding:
             return self.config.idle_chunk_tokens
-        if not self.config.inter_token_target or self._predict is None or not reading:
+        reading = self._by_urgency(Phase.PREFILL, now)
+        seconds = self._predict("decode", decode_work(decoding)) if self._predict is not None else None
+        if not self.config.inter_token_target or seconds is None or not reading:
             return self.config.chunk_tokens
-        seconds = self._predict("decode", decode_work(decoding))
-        found = None
-        if seconds is not None:
-            found = self._forecast.chunk_tokens(seconds, reading[0].num_computed, self.config.idle_chunk_tokens)
-        return self.config.chunk_tokens if found is None else found
+        fits = self._forecast.chunk_tokens(
+            self.config.inter_token_target - seconds, reading[0].num_computed, self.config.idle_chunk_tokens
+        )
+        if fits is None:
+            return self.config.chunk_tokens
+        limit = max(CHUNK_UNIT, fits)
+        dues = self._running(now)
+        laxities = self._forecast.laxities(dues) or []
+        decoders = [spare for due, spare in zip(dues, laxities, strict=False) if not due.load.reading and spare >= 0]
+        spare = min(decoders, default=inf)
+        if spare == inf or now - reading[0].request.arrival > self.config.ageing:
+            return limit
+        return self._forecast.chunk_tokens(LENT * spare, reading[0].num_computed, limit) or 0
 
     def release_idle(self) -> StepPlan:
         """Plan to give back the memory of all free slots."""
@@ -248,7 +268,7 @@ class Scheduler:
         for sequence in self._by_urgency(Phase.WAITING, now):
             request = sequence.request
             if running is None:
-                running = self._running_loads(now)
+                running = self._running(now)
             if not self._may_join(sequence, running, now):
                 continue
             found = self._prefixes.longest(request.prompt) if self._reuses_prefix(request) else None
@@ -409,7 +429,7 @@ class Scheduler:
         chunks: list[Chunk] = []
         left = limit
         for sequence in self._by_urgency(Phase.PREFILL, now):
-            if chunks and left < MIN_CHUNK:
+            if left < MIN_CHUNK:
                 break
             self._catch_up(sequence, memory)
             request, start = sequence.request, sequence.num_computed

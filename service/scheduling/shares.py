@@ -43,6 +43,11 @@ class Shares:
         """Return how many quanta a tenant who is here has had beyond the least served; the lowest goes first."""
         return int((self._seconds[tenant] - self._least) / QUANTUM_SECONDS)
 
+    def ranks(self) -> dict[str, int]:
+        """Return the rank of each tenant who is here."""
+        least = self._least
+        return {tenant: int((self._seconds[tenant] - least) / QUANTUM_SECONDS) for tenant in self._requests}
+
     @property
     def _least(self) -> float:
         return min((self._seconds[tenant] for tenant in self._requests), default=0.0)
