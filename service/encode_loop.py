@@ -20,6 +20,7 @@ from service.bundle import FoundBundle, verify_files
 from service.bundle_thread import BundleThread
 from service.engine.encode_graph import Array, EncodeGraph, Item
 from service.engine.encode_self_test import check_encoder
+from service.engine.probe import Probe, encoder_probe
 from service.engine.runtime import use_threads
 from service.errors import AttendantError, ExecutionFailed, QueueFull
 from service.metrics import ModelMetrics
@@ -107,6 +108,7 @@ class EncodeLoop(BundleThread):
         *,
         manifest: Manifest,
         graph: EncodeGraph,
+        probe: Probe,
         options: EncodeOptions,
         metrics: ModelMetrics,
         checks: Sequence[Check] = (),
@@ -114,6 +116,7 @@ class EncodeLoop(BundleThread):
     ) -> None:
         super().__init__("encoder", manifest, checks, latency)
         self._graph = graph
+        self._probe = probe
         self._options = options
         self._metrics = metrics
         self._calls: set[EncodeCall[Any]] = set()
@@ -136,7 +139,13 @@ class EncodeLoop(BundleThread):
         checks = check_encoder(found, graph)
         graph.observer = None
         return cls(
-            manifest=found.manifest, graph=graph, options=options, metrics=metrics, checks=checks, latency=latency
+            manifest=found.manifest,
+            graph=graph,
+            probe=encoder_probe(found, graph),
+            options=options,
+            metrics=metrics,
+            checks=checks,
+            latency=latency,
         )
 
     @property
@@ -224,6 +233,9 @@ class EncodeLoop(BundleThread):
             if not call.done.done():
                 call.done.set_exception(error)
 
+    def _discard(self) -> None:
+        del self._graph, self._probe
+
     # The encoder's thread
 
     def _stop(self) -> None:
@@ -253,6 +265,8 @@ class EncodeLoop(BundleThread):
     def _run_batch(self, batch: list[_Job]) -> None:
         started = self._busy_since = self.clock()
         outcomes = self._encode(batch)
+        if all(outcome.reason for outcome in outcomes):
+            self._probe.check()
         padded = len(batch) * max(job.item.length for job in batch)
         self._call_soon(self._publish, outcomes, started, self.clock(), padded)
 

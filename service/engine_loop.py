@@ -20,6 +20,7 @@ from service.bundle import FoundBundle, verify_files
 from service.bundle_thread import BundleThread
 from service.engine.engine import Engine
 from service.engine.pools import pool_size
+from service.engine.probe import generation_probe
 from service.engine.runtime import use_threads
 from service.engine.self_test import check_bundle
 from service.engine.step_graph import StepGraph
@@ -215,6 +216,7 @@ class EngineLoop(BundleThread):
         graph.observer = latency.observe
         checks = check_bundle(found, graph)
         graph.observer = None
+        probe = generation_probe(found, graph)
         config = SchedulerConfig(
             num_slots=options.num_slots,
             capacity=size.capacity,
@@ -229,7 +231,7 @@ class EngineLoop(BundleThread):
         )
         return cls(
             manifest=found.manifest,
-            engine=Engine(graph),
+            engine=Engine(graph, probe=probe),
             config=config,
             options=options,
             metrics=metrics,
@@ -394,6 +396,11 @@ class EngineLoop(BundleThread):
             stream._fail(error)
         self._streams.clear()
         self._note_idle()
+
+    def _discard(self) -> None:
+        del self._engine
+        self._metrics.queue(0, 0)
+        self._metrics.memory(0, 0)
 
     # The engine thread
 

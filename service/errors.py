@@ -91,9 +91,15 @@ class ModelNotFound(AttendantError):
 
 
 class ModelUnavailable(AttendantError):
-    """The bundle is known but not served: refused, loading or failed."""
+    """The bundle is known but not served: refused, loading or failed; `retry_after_seconds` if it may be soon."""
 
     reason = "MODEL_UNAVAILABLE"
+
+    def __init__(
+        self, message: str, metadata: Mapping[str, str] | None = None, retry_after_seconds: float | None = None
+    ) -> None:
+        super().__init__(message, metadata)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class QueueFull(AttendantError):

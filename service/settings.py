@@ -116,6 +116,15 @@ class Settings(BaseSettings):
     max_message_bytes: ByteSize = Field(
         ByteSize(4 << 20), ge=1024, le=1 << 30, description="bytes of one gRPC message, either way"
     )
+    restart_tries: int = Field(
+        6, ge=0, le=1000, description="times in a row that a bundle is loaded again after its engine has failed"
+    )
+    restart_delay_seconds: float = Field(
+        1.0,
+        ge=0,
+        le=3600,
+        description="seconds before the first of them; each further one waits twice as long, up to 60",
+    )
     drain_delay_seconds: float = Field(
         0.0, ge=0, le=3600, description="seconds between not ready and refusing requests, after SIGTERM"
     )

@@ -192,3 +192,93 @@ def smollm2_repository() -> Path:
     if not (repository / "smollm2-135m" / "1" / "manifest.json").is_file():
         pytest.fail("the SmolLM2 bundles are missing: run `make bundles`, as `make test` does")
     return repository
+
+
+class WeakBundles:
+    """The bundles weak/1 and weak-encoder/1, which fail in ONNX Runtime itself.
+
+    A token goes through a table before it is embedded. It sends `raising_token` out of bounds, so that the graph
+    raises; `nan_token` has an embedding that is not a number. The tables are mapped into memory from the bundles'
+    files, so whoever writes into a file breaks what is being served, and mends it again.
+    """
+
+    raising_token = 7
+    nan_token = 9
+
+    def __init__(self, repository: Path) -> None:
+        self.repository = repository
+        self._tables: dict[str, tuple[Path, int, bytes]] = {}
+
+    def add(self, original: Path, name: str) -> None:
+        """Make a weak bundle of a sound one."""
+        import json
+        import shutil
+
+        import numpy as np
+        import onnx
+        from onnx import helper, numpy_helper
+
+        directory = self.repository / name / "1"
+        shutil.copytree(original, directory)
+        path = next(directory.glob("*.onnx"))
+        model = onnx.load(path)
+        graph = model.graph
+        for node in graph.node:
+            node.input[:] = ["known_ids" if taken == "token_ids" else taken for taken in node.input]
+        embedding = next(tensor for tensor in graph.initializer if tensor.name == "token_embedding.table")
+        rows = numpy_helper.to_array(embedding).copy()
+        rows[self.nan_token] = np.nan
+        embedding.CopyFrom(numpy_helper.from_array(rows, embedding.name))
+        table = np.arange(len(rows), dtype=np.int64)
+        table[self.raising_token] = 10**6
+        graph.initializer.append(numpy_helper.from_array(table, "table"))
+        graph.node.insert(0, helper.make_node("Gather", ["table", "token_ids"], ["known_ids"], name="known_ids"))
+        data = path.with_suffix(".onnx.data")
+        data.unlink()
+        onnx.save_model(model, path, save_as_external_data=True, location=data.name)
+        self._tables[name] = (data, data.read_bytes().index(table.tobytes()), table.tobytes())
+        manifest = json.loads((directory / "manifest.json").read_text())
+        manifest["name"] = name
+        (directory / "manifest.json").write_text(json.dumps(manifest))
+        rehash(directory)
+
+    def spoil(self, name: str) -> None:
+        """Send every token out of bounds, in the file and so in the memory of who serves it."""
+        import numpy as np
+
+        path, offset, table = self._tables[name]
+        _overwrite(path, offset, np.full(len(table) // 8, 10**6, np.int64).tobytes())
+
+    def mend(self, name: str) -> None:
+        """Undo `spoil`."""
+        _overwrite(*self._tables[name])
+
+
+def _overwrite(path: Path, offset: int, content: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(content)
+
+
+def rehash(directory: Path) -> None:
+    """Make a manifest's sizes and hashes true again, as somebody who means to edit a bundle would."""
+    import hashlib
+    import json
+
+    path = directory / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for file in manifest["files"]:
+        content = (directory / file["name"]).read_bytes()
+        file["bytes"], file["sha256"] = len(content), hashlib.sha256(content).hexdigest()
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.fixture
+def weak_bundles(tiny_repository: Path, encoder_repository: Path, tmp_path: Path) -> WeakBundles:
+    """Bundles that fail, sound to begin with, beside sound ones that nothing happens to."""
+    weak = WeakBundles(tmp_path / "weak")
+    weak.add(tiny_repository / "tiny-fp32" / "1", "weak")
+    weak.add(encoder_repository / "encoder-fp32" / "1", "weak-encoder")
+    for sound in (tiny_repository / "tiny-int8", encoder_repository / "encoder-int8"):
+        (weak.repository / sound.name).symlink_to(sound)
+    return weak

@@ -32,12 +32,25 @@ def choose(found: Sequence[FoundBundle | RefusedBundle], wanted: Sequence[str]) 
 
 
 def entry_of(
-    bundle: FoundBundle | RefusedBundle, state: State, reason: str = "", served: ServedModel | None = None
+    bundle: FoundBundle | RefusedBundle,
+    state: State,
+    reason: str = "",
+    *,
+    served: ServedModel | None = None,
+    retry_after_seconds: float | None = None,
 ) -> Entry:
     """Return what the catalog says of a bundle."""
     name, version = _name_and_version(bundle)
     found = bundle if isinstance(bundle, FoundBundle) else None
-    return Entry(name=name, version=version, state=state, reason=reason, found=found, served=served)
+    return Entry(
+        name=name,
+        version=version,
+        state=state,
+        reason=reason,
+        retry_after_seconds=retry_after_seconds,
+        found=found,
+        served=served,
+    )
 
 
 def load(

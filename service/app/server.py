@@ -2,7 +2,7 @@
 
 The ports open first, so that a second server fails at once and probes have somebody to ask. Bundles are loaded one
 after the other in a thread; each is served as soon as it has passed its checks, and one that has not is listed with the
-reason.
+reason (`bundle_keeper`).
 """
 
 import asyncio
@@ -12,6 +12,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -19,14 +20,14 @@ import onnxruntime
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 
-from attendant.bundle import BundleError
 from attendant.v1 import inference_service_pb2, model_service_pb2
+from service.app.backoff import Backoff
+from service.app.bundle_keeper import BundleKeeper, Stage
 from service.app.latency_store import LatencyStore
 from service.app.listening import build_server, open_grpc_port, open_metrics_port
 from service.app.loading import choose, entry_of, load
 from service.app.start_error import StartError
-from service.bundle import BundleRefused, FoundBundle, RefusedBundle, scan
-from service.bundle_thread import BundleThread
+from service.bundle import FoundBundle, RefusedBundle, scan
 from service.encode_loop import EncodeOptions
 from service.engine_loop import EngineOptions
 from service.metrics import MetricsEndpoint, Objectives, ServerMetrics
@@ -72,9 +73,17 @@ class App:
         self._server = build_server(settings)
         self._add_services()
         self._endpoint: MetricsEndpoint | None = None
-        self._threads: list[BundleThread] = []
         self._store = None if settings.state_dir is None else LatencyStore(settings.state_dir, settings.threads)
+        self._stage = Stage(
+            catalog=self.catalog,
+            metrics=self.metrics,
+            threads=[],
+            store=self._store,
+            announce=announce,
+            refresh=self._refresh,
+        )
         self._tasks: list[asyncio.Task[None]] = []
+        self._keeping: list[asyncio.Task[None]] = []
         self._is_loading = True
         self._is_draining = False
         self._last_beat = time.monotonic()
@@ -173,49 +182,24 @@ class App:
         )
         for bundle in bundles:
             if isinstance(bundle, RefusedBundle):
-                self._refuse(bundle, bundle.reason)
+                self._refuse(bundle)
         for bundle in to_load:
-            await self._load_one(bundle, options, encode_options)
+            load_it = partial(load, bundle, settings.provider, options, encode_options, self.metrics)
+            backoff = Backoff(tries=settings.restart_tries, first_seconds=settings.restart_delay_seconds)
+            keeper = BundleKeeper(bundle, load_it, self._stage, backoff)
+            await keeper.open()
+            self._keeping.append(asyncio.create_task(keeper.keep()))
         # What is loaded stays: without this, a full collection walks all of it and every stream waits.
         gc.collect()
         gc.freeze()
         self._is_loading = False
         self._refresh()
 
-    async def _load_one(self, bundle: FoundBundle, options: EngineOptions, encode_options: EncodeOptions) -> None:
-        manifest = bundle.manifest
-        try:
-            served = await asyncio.to_thread(
-                load, bundle, self._settings.provider, options, encode_options, self.metrics
-            )
-        except (BundleRefused, BundleError, ValueError) as error:
-            self._refuse(bundle, str(error))
-            return
-        except Exception:
-            logger.exception("loading %s failed", manifest.key)
-            self._refuse(bundle, "loading it failed unexpectedly; the server's log says more")
-            return
-        if self._store is not None:
-            await asyncio.to_thread(self._store.restore, bundle, served.loop.latency)
-        served.loop.start(self._threads)
-        self.catalog.put(entry_of(bundle, State.READY, served=served))
-        served.metrics.latency(served.loop.latency)
-        served.metrics.loaded(
-            served.load_seconds,
-            sha256=bundle.sha256,
-            family=manifest.family,
-            precision=manifest.precision,
-            target=manifest.target,
-            timestamp=time.time(),
-        )
-        self._refresh()
-        self._announce(f"READY {manifest.key} ({manifest.precision}) in {served.load_seconds:.2f} s")
-
-    def _refuse(self, bundle: FoundBundle | RefusedBundle, reason: str) -> None:
-        entry = entry_of(bundle, State.UNAVAILABLE, reason)
+    def _refuse(self, bundle: RefusedBundle) -> None:
+        entry = entry_of(bundle, State.UNAVAILABLE, bundle.reason)
         self.catalog.put(entry)
         self.metrics.refused_model(entry.key)
-        self._announce(f"REFUSED {entry.key}: {reason}")
+        self._announce(f"REFUSED {entry.key}: {bundle.reason}")
 
     async def _keep_learned(self) -> None:
         while True:
@@ -260,8 +244,8 @@ class App:
         settings = self._settings
         hurry = hurry or asyncio.Event()
         self._is_draining = True
-        if self._tasks:
-            self._tasks[0].cancel()  # nothing more is loaded
+        for task in (*self._tasks[:1], *self._keeping):
+            task.cancel()  # nothing more is loaded
         self._refresh()
         await _sleep(settings.drain_delay_seconds, hurry)
         self._health.close()
@@ -284,9 +268,10 @@ class App:
             self._endpoint.close()
 
     async def _cancel_tasks(self) -> None:
-        for task in self._tasks:
+        tasks = self._tasks + self._keeping
+        for task in tasks:
             task.cancel()
-        for error in await asyncio.gather(*self._tasks, return_exceptions=True):
+        for error in await asyncio.gather(*tasks, return_exceptions=True):
             if isinstance(error, Exception):
                 logger.error("a task of the server failed", exc_info=error)
 

@@ -25,6 +25,15 @@ def check_encoder(found: FoundBundle, graph: EncodeGraph) -> tuple[Check, ...]:
     return checks
 
 
+def golden_items(found: FoundBundle, graph: EncodeGraph) -> list[Item]:
+    """Return the items of a bundle's golden run.
+
+    Raises:
+        BundleRefused: the file cannot be read.
+    """
+    return _items(read_golden(found, found.manifest.golden), graph, found.manifest)
+
+
 def _checks(found: FoundBundle, graph: EncodeGraph) -> Iterator[Check]:
     golden = found.manifest.golden
     arrays = read_golden(found, golden)

@@ -3,6 +3,7 @@
 It knows slots, tokens and logits; it knows neither clients nor text. A row on which the graph or the choice fails
 gets a failure of its own: when a step raises, its rows are run again one by one. That is safe because a row writes only
 at its own next positions or to a second buffer, and exact because a row alone gives the bits it gives among others.
+When nothing of a step succeeds, the engine itself is put to the test.
 """
 
 import logging
@@ -13,7 +14,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.sampling import NotFinite, Sampler
+from service.engine.probe import Probe
+from service.engine.sampling import NotFinite, Sampler, check_finite
 from service.engine.step_graph import StepGraph
 from service.scheduling.plan import Chunk, Encode, Release, Sample, StepPlan, StepResult
 from service.scheduling.request import Token
@@ -29,15 +31,23 @@ class Engine:
     Args:
         graph: the step graph over its pools.
         clock: monotonic seconds.
+        probe: tells a broken engine from requests that no engine could answer; without one none is taken for broken.
     """
 
-    def __init__(self, graph: StepGraph, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, graph: StepGraph, clock: Callable[[], float] = time.perf_counter, probe: Probe | None = None
+    ) -> None:
         self.graph = graph
+        self._probe = probe
         self._sampler = Sampler(graph.vocab_size)
         self._clock = clock
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Carry out a plan and return a token or a failure for each of its samples."""
+        """Carry out a plan and return a token or a failure for each of its samples.
+
+        Raises:
+            EngineBroken: nothing of the plan succeeded, nor would anything else.
+        """
         for change in plan.memory:
             if isinstance(change, Release):
                 self.graph.release(change.slot)
@@ -55,6 +65,10 @@ class Engine:
         for chunk in plan.chunks:
             self._prefill(chunk, tokens, failures)
         times.append(self._clock())
+        if failures and self._probe is not None:
+            slots = _slots(plan)
+            if failures.keys() == slots.keys():
+                self._probe.check(next(iter(slots.values())))  # which is lost anyway
         encode_seconds, decode_seconds, prefill_seconds = (end - start for start, end in pairwise(times))
         return StepResult(
             tokens=tokens,
@@ -97,8 +111,9 @@ class Engine:
             return
         best = logits.argmax(axis=1)
         for index in real:
-            if (sample := rows[index].sample) is not None:
-                self._choose(logits[index], int(best[index]), sample, first_slot + index, tokens, failures)
+            row, slot = rows[index], first_slot + index
+            assert row.request_id is not None, "a parked row is not real"
+            self._choose(logits[index], int(best[index]), row.request_id, row.sample, slot, tokens, failures)
 
     def _prefill(self, chunk: Chunk, tokens: dict[int, Token], failures: dict[str, str]) -> None:
         self._begin(chunk.slot, chunk.start)
@@ -116,24 +131,37 @@ class Engine:
             logger.exception("request %s failed in slot %d at %d", chunk.request_id, chunk.slot, chunk.start)
             failures[chunk.request_id] = _cause(error)
             return
-        if chunk.sample is not None:
-            self._choose(logits, int(logits.argmax()), chunk.sample, chunk.slot, tokens, failures)
+        self._choose(logits, int(logits.argmax()), chunk.request_id, chunk.sample, chunk.slot, tokens, failures)
 
     def _choose(
         self,
         logits: _Logits,
         best: int,
-        sample: Sample,
+        request_id: str,
+        sample: Sample | None,
         slot: int,
         tokens: dict[int, Token],
         failures: dict[str, str],
     ) -> None:
-        request = sample.request
+        """Choose a token if one is wanted; a prompt whose logits are not finite on the way need not go on."""
         try:
-            tokens[slot] = self._sampler.choose(logits, best, sample)
+            if sample is None:
+                check_finite(logits, best)
+            else:
+                tokens[slot] = self._sampler.choose(logits, best, sample)
         except NotFinite as error:
-            logger.error("request %s: %s", request.request_id, error)
-            failures[request.request_id] = str(error)
+            logger.error("request %s: %s", request_id, error)
+            failures[request_id] = str(error)
+
+
+def _slots(plan: StepPlan) -> dict[str, int]:
+    """Return a slot of each request that a step is for."""
+    slots = {encode.request_id: encode.slot for encode in plan.encodes}
+    slots.update((chunk.request_id, chunk.slot) for chunk in plan.chunks)
+    slots.update(
+        (row.request_id, slot) for slot, row in enumerate(plan.rows, plan.first_slot) if row.request_id is not None
+    )
+    return slots
 
 
 def _cause(error: Exception) -> str:

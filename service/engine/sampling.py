@@ -21,6 +21,16 @@ class NotFinite(ArithmeticError):
     """The logits hold NaN or infinity: nothing can be chosen."""
 
 
+def check_finite(logits: NDArray[np.float32], best: int) -> None:
+    """Look at the largest of a row of logits [V], which is where NaN and positive infinity show.
+
+    Raises:
+        NotFinite: the row holds either.
+    """
+    if not np.isfinite(logits[best]):
+        raise NotFinite("the logits are not finite")
+
+
 def uniform(seed: int, position: int, candidate: int = 0) -> float:
     """Return a number in [0, 1) that depends on nothing but its arguments.
 
@@ -59,8 +69,7 @@ class Sampler:
         Raises:
             NotFinite: the row holds NaN or positive infinity.
         """
-        if not np.isfinite(logits[best]):
-            raise NotFinite(f"logits at position {sample.position} are not finite")
+        check_finite(logits, best)
         request = sample.request
         params = request.sampling
         suppresses = sample.num_output < request.min_tokens

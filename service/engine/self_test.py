@@ -56,6 +56,16 @@ def read_golden(found: FoundBundle, golden: Golden) -> dict[str, NDArray[np.gene
         raise BundleRefused(f"{golden.file} cannot be read: {error}") from error
 
 
+def golden_prompt(found: FoundBundle) -> tuple[list[int], Source | None]:
+    """Return the prompt of a bundle's golden run, and the source that it is about if it has one.
+
+    Raises:
+        BundleRefused: the file cannot be read.
+    """
+    arrays = read_golden(found, found.manifest.golden)
+    return _ids(arrays["prompt"]), _source(arrays)
+
+
 def _replay(golden: Golden, arrays: _Arrays, graph: StepGraph) -> list[Check]:
     bitwise = golden.bitwise and set(golden.bitwise_on) == set(processor_features())
     text = _ids(arrays["text"])[: graph.capacity]

@@ -201,6 +201,11 @@ class Catalogue:
         self.loaded_timestamp = self._gauge(
             "model_loaded_timestamp_seconds", "When it became READY, in Unix time.", ("model",)
         )
+        self.restarts = self._counter(
+            "model_restarts_total",
+            "Times that a model was loaded again after it had failed, or could not be.",
+            ("model", "result"),
+        )
         self.model_info = self._gauge(
             "model_info",
             "Always 1; says what is served.",

@@ -53,6 +53,9 @@ def rejections() -> list[str]:
     return sorted({kind.reason.lower() for kind in AttendantError.__subclasses__()} - {"model_not_found"})
 
 
+RESTARTS = ("succeeded", "failed")
+
+
 class ModelMetrics:
     """What is measured of one model; made by `ServerMetrics.model`.
 
@@ -98,6 +101,8 @@ class ModelMetrics:
             families.requests.labels(model, task, code)
         for reason in rejections():
             families.rejected.labels(model, reason)
+        for result in RESTARTS:
+            families.restarts.labels(model, result)
 
     def _by_length(self, family: Histogram, *labels: str) -> Sequence[Observations]:
         return tuple(family.labels(self._model, *labels, bucket) for bucket in self._seq_buckets.labels)

@@ -11,7 +11,7 @@ from service.metrics import buckets
 from service.metrics.calls import MethodMetrics
 from service.metrics.catalogue import Catalogue
 from service.metrics.gpu import GpuCollector, find_gpus
-from service.metrics.model import ModelMetrics, Task
+from service.metrics.model import RESTARTS, ModelMetrics, Task
 
 UNKNOWN_MODEL = "_unknown"
 
@@ -58,6 +58,10 @@ class ServerMetrics(Catalogue):
     def refused_model(self, model: str) -> None:
         """Say that a bundle of the repository is not served."""
         self.ready.labels(model).set(0)
+
+    def restarted(self, model: str, *, succeeded: bool) -> None:
+        """Count that a model which had failed was loaded again, or could not be."""
+        self.restarts.labels(model, RESTARTS[not succeeded]).inc()
 
     def answered(self, model: str | None, task: str, code: str) -> None:
         """Count a call that ended with this gRPC code; without a model of the repository it is "_unknown"."""

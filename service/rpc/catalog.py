@@ -119,12 +119,16 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One bundle of the repository; `found` is None if even its manifest is bad, `reason` says why it is not served."""
+    """One bundle of the repository; `found` is None if even its manifest is bad, `reason` says why it is not served.
+
+    `retry_after_seconds` is a guess at when it will be, of one that is loaded again.
+    """
 
     name: str
     version: int
     state: State
     reason: str = ""
+    retry_after_seconds: float | None = None
     found: FoundBundle | None = None
     served: ServedModel | None = None
 
@@ -181,7 +185,9 @@ class ModelCatalog:
         if entry.served is None:
             why = entry.reason or entry.state.value
             raise ModelUnavailable(
-                f"model {entry.key} is not served: {why}", {"model": entry.key, "state": entry.state.value}
+                f"model {entry.key} is not served: {why}",
+                {"model": entry.key, "state": entry.state.value},
+                entry.retry_after_seconds,
             )
         return entry.served
 

@@ -48,7 +48,7 @@ def to_status(error: Exception) -> status_pb2.Status:
     if isinstance(error, errors.InvalidField):
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=_shortened(error.limit))
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    if isinstance(error, errors.QueueFull):
+    if isinstance(error, errors.QueueFull | errors.ModelUnavailable) and error.retry_after_seconds is not None:
         details.append(error_details_pb2.RetryInfo(retry_delay=to_duration(error.retry_after_seconds)))
     return _status(code_of(error), error.message, details)
 
