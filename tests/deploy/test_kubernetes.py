@@ -213,3 +213,16 @@ def test_every_component_is_in_an_overlay(root) -> None:
         text = Path(root, "deploy/kubernetes/overlays", overlay, "kustomization.yaml").read_text()
         named = set(re.findall(r"- \.\./\.\./components/([\w-]+)", text))
         assert named == components - ({"gpu"} if overlay == "cpu" else set())
+
+
+def test_the_pod_that_fills_the_volume_is_as_restricted_and_fills_the_servers_claim(root, render) -> None:
+    loader = yaml.safe_load(Path(root, "deploy/kubernetes/components/models-pvc/loader.yaml").read_text())
+    kubernetes_validate.validate(loader, OLDEST, strict=True)
+    server = only(render("cpu"), "Deployment")["spec"]["template"]["spec"]
+    assert loader["spec"]["securityContext"].items() <= server["securityContext"].items()
+    assert loader["spec"]["containers"][0]["securityContext"] == server["containers"][0]["securityContext"]
+    (volume,) = loader["spec"]["volumes"]
+    claims = [
+        each["persistentVolumeClaim"]["claimName"] for each in server["volumes"] if "persistentVolumeClaim" in each
+    ]
+    assert claims == [volume["persistentVolumeClaim"]["claimName"]]
