@@ -64,8 +64,9 @@ class ServerMetrics(Catalogue):
         self.restarts.labels(model, RESTARTS[not succeeded]).inc()
 
     def answered(self, model: str | None, task: str, code: str) -> None:
-        """Count a call that ended with this gRPC code; without a model of the repository it is "_unknown"."""
-        self.requests.labels(model or UNKNOWN_MODEL, task, code).inc()
+        """Count a call that ended with this gRPC code; without a model of the repository both are "_unknown"."""
+        labels = (UNKNOWN_MODEL, UNKNOWN_MODEL) if model is None else (model, task)
+        self.requests.labels(*labels, code).inc()
 
     def turned_away(self, model: str | None, reason: str) -> None:
         """Count a request that was not accepted."""
