@@ -1,6 +1,11 @@
-"""Small real bundles that every room's tests may serve."""
+"""Small real bundles that every room's tests may serve, and a browser."""
 
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -192,6 +197,56 @@ def smollm2_repository() -> Path:
     if not (repository / "smollm2-135m" / "1" / "manifest.json").is_file():
         pytest.fail("the SmolLM2 bundles are missing: run `make bundles`, as `make test` does")
     return repository
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+class Visit(NamedTuple):
+    """What came of loading a page: standard output, the URLs that the page itself asked for, the console's messages."""
+
+    output: bytes
+    requests: list[str]
+    console: list[str]
+
+
+@pytest.fixture(scope="session")
+def visit(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Visit]:
+    """Load a URL in a headless browser with the given arguments."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed (Debian: apt-get install chromium)")
+
+    def visit(url: str, *arguments: str) -> Visit:
+        directory = tmp_path_factory.mktemp("browser")
+        command = [
+            browser,
+            "--headless",
+            "--no-sandbox",  # which needs more than a container has; the page is our own
+            "--disable-dev-shm-usage",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--no-first-run",
+            "--enable-logging=stderr",
+            # A test uses no network, whatever a page or the browser asks for.
+            "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+            f"--user-data-dir={directory / 'profile'}",
+            f"--log-net-log={directory / 'net.json'}",
+            "--window-size=1200,900",
+            *arguments,
+            url,
+        ]
+        done = subprocess.run(command, capture_output=True, check=True, timeout=120)
+        log = json.loads((directory / "net.json").read_text())
+        start = log["constants"]["logEventTypes"]["URL_REQUEST_START_JOB"]
+        started = [one["params"] for one in log["events"] if one["type"] == start and "url" in one.get("params", {})]
+        # The requests of the browser's own have no origin.
+        asked = [one["url"] for one in started if one["initiator"] != "not an origin"]
+        return Visit(done.stdout, asked, [line for line in done.stderr.decode().splitlines() if "CONSOLE" in line])
+
+    return visit
 
 
 class WeakBundles:

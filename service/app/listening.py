@@ -1,11 +1,11 @@
 """The gRPC server and the two ports."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import grpc
 
 from service.app.start_error import StartError
-from service.metrics import MetricsEndpoint, ServerMetrics
+from service.metrics import MetricsEndpoint, ModelState, ServerMetrics
 from service.settings import Settings
 
 _MAX_STREAMS_PER_CONNECTION = 1000
@@ -45,7 +45,12 @@ def open_grpc_port(server: grpc.aio.Server, settings: Settings) -> int:
 
 
 def open_metrics_port(
-    metrics: ServerMetrics, settings: Settings, *, alive: Callable[[], bool], ready: Callable[[], bool]
+    metrics: ServerMetrics,
+    settings: Settings,
+    *,
+    alive: Callable[[], bool],
+    ready: Callable[[], bool],
+    models: Callable[[], Sequence[ModelState]],
 ) -> MetricsEndpoint:
     """Listen for HTTP.
 
@@ -53,7 +58,8 @@ def open_metrics_port(
         StartError: the port is taken.
     """
     try:
-        return MetricsEndpoint(metrics, host=settings.host, port=settings.metrics_port, alive=alive, ready=ready)
+        host, port = settings.host, settings.metrics_port
+        return MetricsEndpoint(metrics, host=host, port=port, alive=alive, ready=ready, models=models)
     except OSError as error:
         address = _address(settings.host, settings.metrics_port)
         raise StartError(f"cannot listen on {address} (--metrics-port): {error.strerror}") from error

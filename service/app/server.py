@@ -30,8 +30,8 @@ from service.app.start_error import StartError
 from service.bundle import FoundBundle, RefusedBundle, scan
 from service.encode_loop import EncodeOptions
 from service.engine_loop import EngineOptions
-from service.metrics import MetricsEndpoint, Objectives, ServerMetrics
-from service.rpc.catalog import ModelCatalog, State
+from service.metrics import MetricsEndpoint, ModelState, Objectives, ServerMetrics
+from service.rpc.catalog import Entry, ModelCatalog, State
 from service.rpc.health import HealthService
 from service.rpc.inference import InferenceService
 from service.rpc.models import ModelService
@@ -87,6 +87,7 @@ class App:
         self._is_loading = True
         self._is_draining = False
         self._last_beat = time.monotonic()
+        self._models: tuple[ModelState, ...] = ()  # for the status page, whose threads may not read the catalog
         self.port = 0
 
     @property
@@ -110,6 +111,7 @@ class App:
             self._settings,
             alive=self._is_alive,
             ready=lambda: self._health.is_healthy("readiness"),
+            models=lambda: self._models,
         )
         self._refresh()
         await self._server.start()
@@ -178,6 +180,8 @@ class App:
         encode_options = EncodeOptions(
             max_waiting_requests=settings.max_waiting_requests,
             limits=BatchLimits(max_tokens=settings.max_batch_tokens),
+            max_delay_seconds=settings.max_batch_delay_seconds,
+            ageing_seconds=settings.ageing_seconds,
             threads=settings.threads,
         )
         for bundle in bundles:
@@ -227,6 +231,7 @@ class App:
         self._health.update(health_of(self.catalog, loading=self._is_loading, draining=self._is_draining))
         for model in self.catalog.served:
             model.metrics.serving(model.loop.healthy)
+        self._models = tuple(map(_model_state, self.catalog.entries))
 
     def _is_alive(self) -> bool:
         """Whether neither the event loop nor an engine is stuck; asked from another thread."""
@@ -274,6 +279,12 @@ class App:
         for error in await asyncio.gather(*tasks, return_exceptions=True):
             if isinstance(error, Exception):
                 logger.error("a task of the server failed", exc_info=error)
+
+
+def _model_state(entry: Entry) -> ModelState:
+    is_stuck = entry.served is not None and not entry.served.loop.healthy
+    state = State.UNAVAILABLE if is_stuck else entry.state
+    return ModelState(model=entry.key, state=state.value, reason=entry.reason)
 
 
 async def _sleep(seconds: float, hurry: asyncio.Event) -> None:

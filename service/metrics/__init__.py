@@ -9,5 +9,6 @@ from service.metrics.calls import MethodMetrics
 from service.metrics.endpoint import MetricsEndpoint
 from service.metrics.model import ModelMetrics, Task
 from service.metrics.server import ServerMetrics
+from service.metrics.status_page import ModelState
 
-__all__ = ["MethodMetrics", "MetricsEndpoint", "ModelMetrics", "Objectives", "ServerMetrics", "Task"]
+__all__ = ["MethodMetrics", "MetricsEndpoint", "ModelMetrics", "ModelState", "Objectives", "ServerMetrics", "Task"]

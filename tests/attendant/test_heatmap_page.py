@@ -1,11 +1,8 @@
 """The HTML page of heat maps: what it says, that nothing in a token acts, and how a real browser shows it."""
 
 import io
-import json
 import math
 import re
-import shutil
-import subprocess
 from collections import Counter
 from html.parser import HTMLParser
 
@@ -155,46 +152,17 @@ def test_a_sheet_without_layers_is_still_a_page():
 
 # In a browser.
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
+@pytest.fixture
+def browse(visit, tmp_path):
+    """Load a page with the given arguments of the browser; return its standard output and what it asked for."""
 
-@pytest.fixture(scope="module")
-def browse(tmp_path_factory):
-    """Load a page in a headless browser with the given arguments; return its standard output and what it asked for.
+    def browse(page, *arguments):
+        (tmp_path / "page.html").write_text(page, encoding="utf-8")
+        done = visit((tmp_path / "page.html").as_uri(), *arguments)
+        return done.output, done.requests
 
-    The requests are the URLs that the page itself set off; those of the browser's own have no origin.
-    """
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed (Debian: apt-get install chromium)")
-
-    def run(page, *arguments):
-        directory = tmp_path_factory.mktemp("browser")
-        (directory / "page.html").write_text(page, encoding="utf-8")
-        command = [
-            browser,
-            "--headless",
-            "--no-sandbox",  # which needs more than a container has; the page is our own
-            "--disable-dev-shm-usage",
-            "--disable-gpu",
-            "--hide-scrollbars",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--no-first-run",
-            "--host-resolver-rules=MAP * ~NOTFOUND",  # a test uses no network, whatever a page or the browser asks for
-            f"--user-data-dir={directory / 'profile'}",
-            f"--log-net-log={directory / 'net.json'}",
-            "--window-size=1200,900",
-            *arguments,
-            (directory / "page.html").as_uri(),
-        ]
-        done = subprocess.run(command, capture_output=True, check=True, timeout=120)
-        log = json.loads((directory / "net.json").read_text())
-        start = log["constants"]["logEventTypes"]["URL_REQUEST_START_JOB"]
-        started = [one["params"] for one in log["events"] if one["type"] == start and "url" in one.get("params", {})]
-        return done.stdout, [one["url"] for one in started if one["initiator"] != "not an origin"]
-
-    return run
+    return browse
 
 
 def screenshot(browse, page, path, *arguments):
