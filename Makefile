@@ -36,9 +36,11 @@ gpu-test: $(READY) ## the tests that need a CUDA device
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "no CUDA device is found")'
 	$(BIN)/python -m pytest -m gpu
 
-bench: bundles ## tokens a second, the engine alone and through gRPC
+bench: bundles ## tokens a second, latency by length with its fit, goodput on a heavy-tailed mix
 	$(BIN)/python tests/benchmarks/run.py
 	$(BIN)/python tests/benchmarks/prefixes.py
+	$(BIN)/python tests/benchmarks/latency_by_length.py
+	$(BIN)/python tests/benchmarks/mix.py
 
 bench-embeddings: bundles ## texts a second, beside sentence-transformers and CTranslate2 where they are installed
 	$(BIN)/python tests/benchmarks/embeddings.py

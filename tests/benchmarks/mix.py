@@ -276,9 +276,16 @@ def show(contenders: Sequence[Contender]) -> None:
     print()
     by_name = {contender.name: contender.results for contender in contenders}
     ours, theirs = by_name[ATTENDANT], by_name[FIRST_COME]
-    goodputs = statistics.median(a.total.goodput / b.total.goodput for a, b in zip(ours, theirs, strict=True))
-    gaps = statistics.median(a.times["itl p95"] / b.times["itl p95"] for a, b in zip(ours, theirs, strict=True))
-    print(f"\nattendant / first come, median of pairs: goodput {goodputs:.2f}, p95 between tokens of short {gaps:.2f}")
+    on_time = [sum(result.total.on_time for result in results) for results in (ours, theirs)]
+    print(f"\nattendant / first come, all rounds: goodput {on_time[0] / max(1, on_time[1]):.2f}", end="")
+    gaps = [
+        a.times["itl p95"] / b.times["itl p95"]
+        for a, b in zip(ours, theirs, strict=True)
+        if "itl p95" in a.times and "itl p95" in b.times
+    ]
+    if gaps:
+        print(f"; p95 between tokens of short prompts, median of pairs: {statistics.median(gaps):.2f}", end="")
+    print()
     for contender in contenders:
         _show_errors(contender)
 
@@ -294,6 +301,8 @@ def _show_errors(contender: Contender) -> None:
             for foreseen, measured in zip(contender.predicted, contender.results, strict=True)
             if name in foreseen.times and name in measured.times
         ]
+        if not pairs:
+            continue
         errors = sorted((foreseen / measured - 1 for foreseen, measured in pairs), key=abs)
         times = [measured for _, measured in pairs]
         cells = (f"{errors[0]:+.1%}", f"{errors[len(errors) // 2]:+.1%}", f"{max(times) / min(times):.2f}")

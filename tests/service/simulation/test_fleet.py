@@ -110,7 +110,7 @@ def test_more_replicas_finish_no_less_in_time(routing: str):
 def test_looking_at_loads_beats_not_looking():
     one_slot = replace(MACHINE.config, num_slots=1, kv_budget=512)
     machine = replace(MACHINE, config=one_slot, max_waiting_requests=10_000)
-    arrivals = traffic(20.0, 20.0, burst_factor=1.0)
+    arrivals = traffic(14.0, 20.0, burst_factor=1.0)
     waits = {}
     for routing in ROUTINGS:
         outcomes = simulate(machine, arrivals, 4, routing=routing).outcomes
