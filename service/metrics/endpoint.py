@@ -8,11 +8,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from http.server import ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 
-from prometheus_client.exposition import MetricsHandler
-
+from service.metrics.rendering import render
 from service.metrics.server import ServerMetrics
 from service.metrics.status_page import POLICY, ModelState, render_status
 
@@ -21,9 +20,8 @@ _log = logging.getLogger(__name__)
 Probe = Callable[[], bool]
 Models = Callable[[], Sequence[ModelState]]
 
-_TEXT, _HTML = "text/plain; charset=utf-8", "text/html; charset=utf-8"
-_NO_HEADERS: Mapping[str, str] = {}
 _PAGE_HEADERS = {
+    "Content-Type": "text/html; charset=utf-8",
     "Content-Security-Policy": POLICY,
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -79,35 +77,38 @@ class MetricsEndpoint:
         self._thread.join()
 
 
-def _handler(metrics: ServerMetrics, probes: dict[str, Probe], models: Models) -> type[MetricsHandler]:
-    class Handler(MetricsHandler):
-        registry = metrics.registry
+def _handler(metrics: ServerMetrics, probes: dict[str, Probe], models: Models) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
         timeout = 10.0  # seconds that a silent connection may hold a thread
 
         def do_GET(self) -> None:
             path, _, query = self.path.partition("?")
             if path == "/metrics":
                 started = time.perf_counter()
-                super().do_GET()
+                wanted = [self.headers.get(name, "") for name in ("Accept", "Accept-Encoding")]
+                body, headers = render(metrics.registry, *wanted)
                 metrics.scrape_seconds.set(time.perf_counter() - started)
+                self._send(200, body, headers)
             elif path in ("/", "/status"):
                 page = render_status(metrics.registry, models(), reloads=query == "reload")
-                self._answer(200, page, _HTML, _PAGE_HEADERS)
+                self._send(200, page.encode(), _PAGE_HEADERS)
             elif (probe := probes.get(path)) is not None:
                 self._answer(200, "ok\n") if probe() else self._answer(503, "not now\n")
             else:
                 self._answer(404, "known: / /metrics /healthz /readyz\n")
 
-        def _answer(
-            self, status: int, text: str, content_type: str = _TEXT, headers: Mapping[str, str] = _NO_HEADERS
-        ) -> None:
-            body = text.encode()
+        def _answer(self, status: int, text: str) -> None:
+            self._send(status, text.encode(), {"Content-Type": "text/plain; charset=utf-8"})
+
+        def _send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
             self.send_response(status)
-            self.send_header("Content-Type", content_type)
             for name, value in headers.items():
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Log nothing: probes and scrapes come every few seconds."""
 
     return Handler
