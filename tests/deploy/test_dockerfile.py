@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -78,9 +79,22 @@ def test_every_version_that_is_tested_is_the_one_that_is_locked(root, locked, na
     assert not {"torch", "onnx", "transformers", "safetensors"} & pins.keys()
 
 
-def test_the_linter_has_nothing_to_say(root) -> None:
+@pytest.mark.slow
+def test_the_versions_of_the_cuda_image_fit_together_and_can_be_had(root) -> None:
+    platforms = runpy.run_path(str(root / "deploy/docker/lock.py"))["PLATFORMS"]
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--target", "nowhere"]
+    command += ["--require-hashes", "--only-binary", ":all:", "--python-version", "3.11"]
+    command += [argument for platform in platforms for argument in ("--platform", platform)]
+    command += ["--requirement", str(root / "deploy/docker/cuda.lock")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "onnxruntime-gpu-" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "bundles.Dockerfile"])
+def test_the_linter_has_nothing_to_say(root, name: str) -> None:
     program = Path(sys.executable).parent / "hadolint"
-    done = subprocess.run([program, root / "deploy/docker/Dockerfile"], capture_output=True, text=True, check=False)
+    done = subprocess.run([program, root / "deploy/docker" / name], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
 
 
