@@ -5,8 +5,8 @@ token ids, positions and slots; it does not know tensors, threads, text or clien
 is handed. Decode comes first, then a limited number of prompt tokens a step, so that a long prompt cannot stop running
 streams.
 
-Who goes first: the higher priority, which grows while a request waits; of equal priority the tenant who has had less of
-the engine's time; of one tenant the earliest deadline. A scheduler that can foresee what work costs turns away what
+Who goes first: the tenant who has had less of the engine's time; of one tenant the higher priority, which grows while a
+request waits; of one priority the earliest deadline. A scheduler that can foresee what work costs turns away what
 cannot be finished in time, and lets nobody join who would make others late.
 """
 
@@ -133,6 +133,8 @@ class Scheduler:
         Not before it is known how long answers are: then all are taken to be as long as they may be.
         """
         events: list[Event] = []
+        if not any(s.load is None or s.request.deadline is not None for s in self._in(Phase.WAITING)):
+            return events
         ahead: list[Load] = []
         running = self._running(now)
         for sequence in self._by_urgency(Phase.WAITING, now):
@@ -197,7 +199,7 @@ class Scheduler:
         def key(sequence: LiveSequence) -> tuple[int, int, float, float]:
             request = sequence.request
             aged = int((now - request.arrival) / self.config.ageing)
-            return -(request.priority + aged), ranks[sequence.tenant], request.due, request.arrival
+            return ranks[sequence.tenant], -(request.priority + aged), request.due, request.arrival
 
         return sorted(self._in(phase), key=key)
 
@@ -264,11 +266,10 @@ class Scheduler:
             self._prefixes.put(slot, NOTHING)
 
     def _admit(self, now: float, memory: list[Release | Move]) -> None:
-        running: list[Due] | None = None
-        for sequence in self._by_urgency(Phase.WAITING, now):
+        waiting = self._by_urgency(Phase.WAITING, now) if self._ledger.free else []
+        running = self._running(now) if waiting else []
+        for sequence in waiting:
             request = sequence.request
-            if running is None:
-                running = self._running(now)
             if not self._may_join(sequence, running, now):
                 continue
             found = self._prefixes.longest(request.prompt) if self._reuses_prefix(request) else None

@@ -1,12 +1,12 @@
 """Fair shares: of several tenants who all have requests waiting, each gets as much of the engine's time as the others.
 
 As in a virtual token counter (Sheng et al., 2024, arXiv:2401.00588), but what is counted is the time that each request
-really took, so a long context costs what it costs. Whoever comes back begins where the least served of those present
-is: nobody saves up time while away, and nobody loses by it.
+really took, so a long context costs what it costs. Whoever comes begins where a tenant would be who had always had a
+fair share: nobody saves up time while away, and no stream of newcomers holds anyone up for ever.
 """
 
 QUANTUM_SECONDS = 1.0
-"""Tenants whose times differ by less are equals; among equals the deadline decides."""
+"""Tenants whose times differ by less are equals; among equals priority and deadline decide."""
 
 MAX_TENANTS = 1024
 """Tenants that are told apart; all others share."""
@@ -18,14 +18,15 @@ class Shares:
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
         self._requests: dict[str, int] = {}
+        self._fair_share = 0.0
 
     def enter(self, tenant: str) -> str:
         """Count a request of a tenant; return the name under which it is counted, which is "" beyond the limit."""
         if tenant not in self._requests and len(self._requests) >= MAX_TENANTS:
             tenant = ""
         if tenant not in self._requests:
-            self._forget_all_but(MAX_TENANTS)
-            self._seconds[tenant] = max(self._seconds.get(tenant, 0.0), self._least)
+            self._forget_the_away()
+            self._seconds[tenant] = max(self._seconds.get(tenant, 0.0), self._fair_share)
         self._requests[tenant] = self._requests.get(tenant, 0) + 1
         return tenant
 
@@ -38,23 +39,22 @@ class Shares:
     def charge(self, tenant: str, seconds: float) -> None:
         """Count time that was spent on a tenant who is here."""
         self._seconds[tenant] += seconds
+        self._fair_share += seconds / len(self._requests)
 
     def rank(self, tenant: str) -> int:
-        """Return how many quanta a tenant who is here has had beyond the least served; the lowest goes first."""
-        return int((self._seconds[tenant] - self._least) / QUANTUM_SECONDS)
+        """Return the rank of one tenant who is here, as `ranks` does."""
+        return self.ranks()[tenant]
 
     def ranks(self) -> dict[str, int]:
-        """Return the rank of each tenant who is here."""
-        least = self._least
+        """Return how many quanta each tenant who is here has had beyond the least served; the lowest goes first."""
+        least = min((self._seconds[tenant] for tenant in self._requests), default=0.0)
         return {tenant: int((self._seconds[tenant] - least) / QUANTUM_SECONDS) for tenant in self._requests}
 
-    @property
-    def _least(self) -> float:
-        return min((self._seconds[tenant] for tenant in self._requests), default=0.0)
-
-    def _forget_all_but(self, number: int) -> None:
-        """Forget those away who had the least: they would begin with the least served anyway, or nearly so."""
-        if len(self._seconds) >= 2 * number:
-            away = sorted(self._seconds.keys() - self._requests.keys(), key=lambda tenant: self._seconds[tenant])
-            for tenant in away[:number]:
-                del self._seconds[tenant]
+    def _forget_the_away(self) -> None:
+        """Forget who is away and would begin with a fair share anyway."""
+        if len(self._seconds) >= 2 * MAX_TENANTS:
+            self._seconds = {
+                tenant: seconds
+                for tenant, seconds in self._seconds.items()
+                if tenant in self._requests or seconds > self._fair_share
+            }
