@@ -7,24 +7,41 @@ probabilities lie outside, on exact lengths, because sums over padding would dep
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from export import operators
+from export.calibration import LayerInputs
 from export.heads import Head
 from export.layers import Norm, activate
-from export.linear import FloatLinear, Kernels
-from export.weights import affine, norm_weights
+from export.linear import BalancedLinear, FixedRangeLinear, FloatLinear, Kernels
+from export.rewrite import random_rotation
+from export.weights import Affine, affine, norm_weights
 from models.attention.positions import Rotary
 from models.encoder import Encoder, StackConfig
 from models.transformer import TransformerLayer
 
+# Of the largest value on a text: attention averages values, so that it comes near the largest only where a token
+# attends to itself alone. Chosen by the cosine of MiniLM's vectors, of repeated words too.
+CONTEXT_SHARE = 0.7
+_SEED = 20_261_121
+
 
 class EncodeGraph(nn.Module):
-    """Token ids, lengths and what else the head asks for in, the head's output out."""
+    """Token ids, lengths and what else the head asks for in, the head's output out.
 
-    def __init__(self, encoder: Encoder, kernels: Kernels, head: Head) -> None:
+    Args:
+        encoder: whose weights are taken.
+        kernels: for maps of which nothing was measured.
+        head: what comes behind the last layer.
+        inputs: measured on each of the encoder's own layers, which makes their scales constant; for 8 bits.
+    """
+
+    def __init__(
+        self, encoder: Encoder, kernels: Kernels, head: Head, inputs: Sequence[LayerInputs] | None = None
+    ) -> None:
         super().__init__()
         config = encoder.config
         self.config = config
@@ -40,7 +57,11 @@ class EncodeGraph(nn.Module):
         cosines, sines = _rotation(config.stack, config.max_source_len)
         self.register_buffer("cosines", cosines)
         self.register_buffer("sines", sines)
-        own = nn.ModuleList(_Layer(layer, kernels, config.stack) for layer in encoder.stack.layers)
+        measured = [None] * len(encoder.stack.layers) if inputs is None else inputs
+        own = nn.ModuleList(
+            _Layer(layer, kernels, config.stack, each)
+            for layer, each in zip(encoder.stack.layers, measured, strict=True)
+        )
         self.own_layers = own
         self.layers = list(own) * (config.stack.num_layers // len(own))
         self.final_norm = _norm(encoder.stack.final_norm)
@@ -70,7 +91,7 @@ class EncodeGraph(nn.Module):
         hidden = self.embedding_norm(hidden)
         if self.widening is not None:
             (hidden,) = self.widening(hidden)
-        mask = torch.arange(tokens) < lengths[:, None]
+        mask = torch.where(torch.arange(tokens) < lengths[:, None], 0.0, float("-inf"))
         # Spelt out for every query: the operator refuses a mask that broadcasts over them.
         mask = mask[:, None, None].expand(rows, 1, tokens, tokens)
         rotation = None
@@ -84,16 +105,28 @@ class EncodeGraph(nn.Module):
 class _Layer(nn.Module):
     """Attention and feed-forward, each between a norm before and a sum, or between a sum and a norm of it."""
 
-    def __init__(self, layer: TransformerLayer, kernels: Kernels, config: StackConfig) -> None:
+    def __init__(
+        self, layer: TransformerLayer, kernels: Kernels, config: StackConfig, inputs: LayerInputs | None
+    ) -> None:
         super().__init__()
         self.config = config
         attention, feed_forward = layer.attention, layer.feed_forward
-        maps = [affine(each) for each in (attention.query, attention.key, attention.value)]
-        self.query_key_value = kernels.context(maps)
-        self.output = kernels.context([affine(attention.output)])
-        self.attention_norm = _norm(layer.attention_norm)
+        query, key, value, output = (
+            affine(each) for each in (attention.query, attention.key, attention.value, attention.output)
+        )
         inner = [feed_forward.up] if feed_forward.gate is None else [feed_forward.gate, feed_forward.up]
-        self.up = kernels.context([affine(each) for each in inner])
+        up = [affine(each) for each in inner]
+        if inputs is None:
+            self.query_key_value = kernels.normalised([query, key, value])
+            self.output = kernels.context([output])
+            self.up = kernels.normalised(up)
+        else:
+            value, output = rotate_values(value, output, config.num_heads)
+            values = nn.functional.linear(inputs.attention, value.weight, value.bias)
+            self.query_key_value = BalancedLinear([query, key, value], inputs.attention)
+            self.output = FixedRangeLinear([output], CONTEXT_SHARE * float(values.abs().max()))
+            self.up = BalancedLinear(up, inputs.feed_forward)
+        self.attention_norm = _norm(layer.attention_norm)
         self.down = kernels.hidden([affine(feed_forward.down)])
         self.feed_forward_norm = _norm(layer.feed_forward_norm)
 
@@ -117,6 +150,16 @@ class _Layer(nn.Module):
 
     def _feed_forward(self, hidden: Tensor) -> Tensor:
         return self.down(activate(self.config.activation, *self.up(hidden)))[0]
+
+
+def rotate_values(value: Affine, output: Affine, num_heads: int) -> tuple[Affine, Affine]:
+    """Rotate each head's values, and rotate back in the output map: attention only averages values."""
+    rotation = random_rotation(len(value.weight) // num_heads, _SEED)
+    heads = (num_heads, -1)
+    weight = rotation.T @ value.weight.unflatten(0, heads)  # [N, D, E]
+    bias = None if value.bias is None else (value.bias.unflatten(0, heads) @ rotation).flatten()
+    back = (output.weight.unflatten(1, heads) @ rotation).flatten(1)
+    return Affine(weight=weight.flatten(0, 1), bias=bias), replace(output, weight=back)
 
 
 def _norm(norm: nn.Module) -> nn.Module:

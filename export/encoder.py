@@ -28,6 +28,7 @@ from attendant.bundle import (
     TensorSpec,
 )
 from attendant.processor import processor_features
+from export.calibration import measure_inputs
 from export.certificate import PARITY_BOUND, relative_error, run_checks
 from export.encode_graph import EncodeGraph
 from export.encode_runner import Array, EncodeRunner, Tokens
@@ -39,7 +40,7 @@ from export.integers import exactness_check
 from export.linear import FLOAT_KERNELS, MIXED_KERNELS
 from export.onnx_export import trace
 from export.parts import Parts, Report
-from export.text import QUALITY
+from export.text import CALIBRATION, QUALITY, windows_of
 from models.checkpoint import TrainedModel
 
 GRAPH_FILE = "encode.onnx"
@@ -70,9 +71,14 @@ def export_encoder(
     task = task_of(model)
     assert task is not None, "what is no encoder is not brought here"
     _refuse_unfit(task)
+    kernels, inputs = FLOAT_KERNELS, None
+    if precision == "int8":
+        assert model.tokenizer is not None, "an encoder of texts has a tokenizer"
+        report("measuring activations")
+        kernels = MIXED_KERNELS
+        inputs = measure_inputs(task.encoder, windows_of(CALIBRATION, model.tokenizer.json, max_model_len))
     report(f"tracing and writing the {precision} graph")
-    kernels = FLOAT_KERNELS if precision == "fp32" else MIXED_KERNELS
-    module = EncodeGraph(task.encoder, kernels, task.make_head(kernels))
+    module = EncodeGraph(task.encoder, kernels, task.make_head(kernels), inputs)
     path = directory / GRAPH_FILE
     _write_graph(module, _output_name(task), path)
     graph = EncodeRunner(path)

@@ -68,7 +68,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, num_he
         query: [B, S, N * D], heads side by side.
         key: the same.
         value: the same.
-        mask: boolean [B, 1, S, S], true = attend.
+        mask: [B, 1, S, S], added to the scores. A boolean one the operator would turn into this in every layer.
         num_heads: N.
 
     Returns:
@@ -175,18 +175,21 @@ def quantise_linear(values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor
     )
 
 
-def integer_matmul(codes: Tensor, weight: Tensor, scales: Sequence[Tensor], zero_point: Tensor) -> Tensor:
-    """Multiply uint8 codes [T, in] by int8 weights [in, out]: exact integer sums, then the scales.
+def integer_matmul(
+    codes: Tensor, weight: Tensor, scales: Sequence[Tensor], zero_point: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Multiply uint8 codes [T, in] by int8 weights [in, out]: exact integer sums, then the scales, then the bias.
 
     Args:
         codes: uint8 [T, in].
         weight: int8 [in, out].
         scales: of the codes, [], and of each output of the weights, [out].
         zero_point: uint8 [], the code that stands for zero.
+        bias: [out].
     """
     return symbolic(
         "com.microsoft::MatMulIntegerToFloat",
-        (codes, weight, *scales, zero_point),
+        (codes, weight, *scales, zero_point) if bias is None else (codes, weight, *scales, zero_point, None, bias),
         {},
         dtype=torch.float32,
         shape=(*codes.shape[:-1], weight.shape[1]),
