@@ -110,6 +110,9 @@ class Settings(BaseSettings):
     max_batch_tokens: int = Field(
         1024, ge=1, le=1 << 20, description="most tokens, padding included, that an encoder reads at once"
     )
+    max_batch_delay_seconds: float = Field(
+        0.005, ge=0, le=60, description="most seconds that an encoder waits for company where that pays; never if 0"
+    )
     max_prompt_bytes: ByteSize = Field(
         ByteSize(256 << 10), ge=1, description="bytes of text in one prompt or conversation, before tokenising"
     )

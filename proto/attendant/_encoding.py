@@ -19,7 +19,7 @@ from attendant._encoding_types import (
     TextScore,
     TokenCandidate,
 )
-from attendant._messages import set_field, timings_of, usage_of
+from attendant._messages import set_field, timings_of, usage_of, wire_value
 from attendant._types import Embedding, Embeddings, Pooling
 from attendant.v1 import classification_pb2, embedding_pb2, fill_mask_pb2, scoring_pb2, tagging_pb2
 
@@ -27,29 +27,35 @@ Texts = str | Iterable[str | Sequence[int]]
 """One text, or several texts or sequences of token ids."""
 
 
-class EmbedOptions(TypedDict, total=False):
+class EncodeOptions(TypedDict, total=False):
+    """What every task of encoders may be told. Meanings and limits: embedding.proto."""
+
+    truncate: bool | None
+    priority: int | None
+    latency_budget: float | None
+    """Seconds within which the whole answer is wanted."""
+
+
+class EmbedOptions(EncodeOptions, total=False):
     """How to embed; what is absent or None is left to the model. Meanings and limits: embedding.proto."""
 
     pooling: Pooling | None
     normalize: bool | None
     dimensions: int | None
-    truncate: bool | None
 
 
-class ClassifyOptions(TypedDict, total=False):
+class ClassifyOptions(EncodeOptions, total=False):
     """How to classify. Meanings and limits: classification.proto."""
 
     top_k: int | None
     logits: bool | None
-    truncate: bool | None
     resize: bool | None
 
 
-class FillMaskOptions(TypedDict, total=False):
+class FillMaskOptions(EncodeOptions, total=False):
     """How to fill gaps. Meanings and limits: fill_mask.proto."""
 
     top_k: int | None
-    truncate: bool | None
 
 
 def embed_request(model: str, inputs: Texts, options: EmbedOptions) -> embedding_pb2.EmbedRequest:
@@ -96,9 +102,10 @@ def classify_request(
     return request
 
 
-def tag_request(model: str, inputs: Texts, truncate: bool) -> tagging_pb2.TagTokensRequest:
+def tag_request(model: str, inputs: Texts, options: EncodeOptions) -> tagging_pb2.TagTokensRequest:
     """Return the request; errors are those of `embed_request`."""
-    request = tagging_pb2.TagTokensRequest(model=model, truncate=truncate)
+    request = tagging_pb2.TagTokensRequest(model=model)
+    _set_options(request, options, EncodeOptions)
     _add_texts(request, inputs)
     return request
 
@@ -111,13 +118,15 @@ def fill_mask_request(model: str, inputs: Texts, options: FillMaskOptions) -> fi
     return request
 
 
-def rerank_request(model: str, query: str, texts: Iterable[str], truncate: bool) -> scoring_pb2.ScoreRequest:
+def rerank_request(model: str, query: str, texts: Iterable[str], options: EncodeOptions) -> scoring_pb2.ScoreRequest:
     """Return the request.
 
     Raises:
-        TypeError: the query or a text is no text.
+        TypeError: the query or a text is no text, or an option has no such name.
+        ValueError: a value does not fit its field.
     """
-    request = scoring_pb2.ScoreRequest(model=model, truncate=truncate)
+    request = scoring_pb2.ScoreRequest(model=model)
+    _set_options(request, options, EncodeOptions)
     request.relevance.SetInParent()
     set_field(request.relevance, "query", query)
     set_field(request.relevance, "texts", [texts] if isinstance(texts, str) else texts)
@@ -223,4 +232,4 @@ def _set_options(request: Any, options: Mapping[str, Any], known: Any) -> None:
         if name not in known.__annotations__:
             raise TypeError(f"unknown option {name!r}; known: {', '.join(known.__annotations__)}")
         if value is not None:
-            set_field(request, name, value)
+            set_field(request, name, wire_value(name, value))

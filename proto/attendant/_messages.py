@@ -114,7 +114,7 @@ def generate_request(
             raise TypeError(f"unknown option {name!r}; known: {', '.join(_PLACES)}")
         if value is not None:
             where, field = _PLACES[name]
-            set_field(getattr(request, where) if where else request, field, _wire_value(name, value), name)
+            set_field(getattr(request, where) if where else request, field, wire_value(name, value), name)
     return request
 
 
@@ -323,7 +323,8 @@ def set_field(message: Any, field: str, value: Any, name: str | None = None) -> 
         raise ValueError(f"{name or field}: {error}") from None
 
 
-def _wire_value(name: str, value: Any) -> Any:
+def wire_value(name: str, value: Any) -> Any:
+    """Return the value of an option as its field takes it."""
     if name == "stop" and isinstance(value, str):
         return (value,)
     return _duration(value) if name == "latency_budget" else value

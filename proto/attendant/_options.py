@@ -6,6 +6,7 @@ from collections.abc import Callable
 from math import inf
 from typing import Final, cast
 
+from attendant._encoding import EncodeOptions
 from attendant._messages import GenerateOptions
 
 Run = Callable[[argparse.Namespace], int]
@@ -79,7 +80,7 @@ def parser(
     _add_model(command)
     command.add_argument("--pooling", choices=("mean", "cls", "max", "last"), help="default: the model's")
     command.add_argument("--dimensions", type=int, metavar="N", help="keep so many leading components")
-    command.add_argument("--truncate", action="store_true", help="cut texts that are too long, instead of failing")
+    _add_encode_options(command)
 
     command = _command(commands, "classify", classify, "say which classes texts or images belong to")
     command.add_argument("texts", nargs="*", help="the texts; the lines of standard input if there are none")
@@ -134,8 +135,21 @@ def parser(
 
 def _add_encoding(command: argparse.ArgumentParser) -> None:
     _add_model(command)
-    command.add_argument("--truncate", action="store_true", help="cut texts that are too long, instead of failing")
+    _add_encode_options(command)
     command.add_argument("--json", action="store_true", help="one JSON object a line")
+
+
+def _add_encode_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--truncate", action="store_true", help="cut texts that are too long, instead of failing")
+    for name in ("priority", "latency_budget"):
+        kind, text = _SAMPLING[name]
+        metavar = "N" if kind is int else "X"
+        command.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+
+
+def encode_options(args: argparse.Namespace) -> EncodeOptions:
+    """Return the options that all tasks of encoders have, as they were given."""
+    return {"truncate": args.truncate, "priority": args.priority, "latency_budget": args.latency_budget}
 
 
 def _add_health(command: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from attendant import _encoding, _messages
-from attendant._encoding import ClassifyOptions, EmbedOptions, FillMaskOptions, Texts
+from attendant._encoding import ClassifyOptions, EmbedOptions, EncodeOptions, FillMaskOptions, Texts
 from attendant._encoding_types import Classifiable, Classifications, FilledTexts, Ranking, Taggings
 from attendant._errors import Cancelled, from_rpc_error
 from attendant._explaining import ExplainOptions, ExplanationParts, explain_request
@@ -198,9 +198,11 @@ class AsyncClient:
         request = _encoding.classify_request(model, inputs, options)
         return _encoding.classifications(await _unary(self._inference.Classify, request, timeout))
 
-    async def tag(self, inputs: Texts, *, model: str, truncate: bool = False, timeout: float | None = None) -> Taggings:
+    async def tag(
+        self, inputs: Texts, *, model: str, timeout: float | None = None, **options: Unpack[EncodeOptions]
+    ) -> Taggings:
         """Label every token of a text, or of up to 256 texts or sequences of token ids."""
-        request = _encoding.tag_request(model, inputs, truncate)
+        request = _encoding.tag_request(model, inputs, options)
         return _encoding.taggings(await _unary(self._inference.TagTokens, request, timeout))
 
     async def fill_mask(
@@ -211,10 +213,16 @@ class AsyncClient:
         return _encoding.filled_texts(await _unary(self._inference.FillMask, request, timeout))
 
     async def rerank(
-        self, query: str, texts: Iterable[str], *, model: str, truncate: bool = False, timeout: float | None = None
+        self,
+        query: str,
+        texts: Iterable[str],
+        *,
+        model: str,
+        timeout: float | None = None,
+        **options: Unpack[EncodeOptions],
     ) -> Ranking:
         """Say how relevant up to 256 texts are to a query, and put them in order."""
-        request = _encoding.rerank_request(model, query, texts, truncate)
+        request = _encoding.rerank_request(model, query, texts, options)
         return _encoding.ranking(await _unary(self._inference.Score, request, timeout))
 
     async def explain(

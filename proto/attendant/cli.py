@@ -135,8 +135,8 @@ def embed(args: argparse.Namespace) -> int:
                 model=model,
                 pooling=args.pooling,
                 dimensions=args.dimensions,
-                truncate=args.truncate,
                 timeout=args.timeout,
+                **_options.encode_options(args),
             )
             for vector in vectors:
                 print(json.dumps([float(f"{value:.7g}") for value in vector]))
@@ -155,9 +155,9 @@ def classify(args: argparse.Namespace) -> int:
             inputs,
             model=_model(client, args, task="classify"),
             top_k=args.top_k,
-            truncate=args.truncate,
             resize=args.resize,
             timeout=args.timeout,
+            **_options.encode_options(args),
         )
     if args.json:
         _print_json(found)
@@ -175,7 +175,8 @@ def tag(args: argparse.Namespace) -> int:
     """Show the label of every token of a text."""
     with Client(args.server) as client:
         model = _model(client, args, task="tag")
-        found = client.tag(_text(args.text, "a text"), model=model, truncate=args.truncate, timeout=args.timeout)
+        options = _options.encode_options(args)
+        found = client.tag(_text(args.text, "a text"), model=model, timeout=args.timeout, **options)
     if args.json:
         _print_json(found)
         return 0
@@ -192,8 +193,8 @@ def fill(args: argparse.Namespace) -> int:
             _text(args.text, "a text"),
             model=_model(client, args, task="fill_mask"),
             top_k=args.top_k,
-            truncate=args.truncate,
             timeout=args.timeout,
+            **_options.encode_options(args),
         )
     if args.json:
         _print_json(found)
@@ -212,7 +213,8 @@ def rerank(args: argparse.Namespace) -> int:
     texts = args.texts or _text(None, "texts").splitlines()
     with Client(args.server) as client:
         model = _model(client, args, task="score")
-        found = client.rerank(args.query, texts, model=model, truncate=args.truncate, timeout=args.timeout)
+        options = _options.encode_options(args)
+        found = client.rerank(args.query, texts, model=model, timeout=args.timeout, **options)
     if args.json:
         print(json.dumps(asdict(found)))
         return 0

@@ -16,7 +16,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from attendant import _encoding, _messages
-from attendant._encoding import ClassifyOptions, EmbedOptions, FillMaskOptions, Texts
+from attendant._encoding import ClassifyOptions, EmbedOptions, EncodeOptions, FillMaskOptions, Texts
 from attendant._encoding_types import Classifiable, Classifications, FilledTexts, Ranking, Taggings
 from attendant._errors import from_rpc_error
 from attendant._explaining import ExplainOptions, ExplanationParts, explain_request
@@ -231,9 +231,11 @@ class Client:
         request = _encoding.classify_request(model, inputs, options)
         return _encoding.classifications(_unary(self._inference.Classify, request, timeout))
 
-    def tag(self, inputs: Texts, *, model: str, truncate: bool = False, timeout: float | None = None) -> Taggings:
+    def tag(
+        self, inputs: Texts, *, model: str, timeout: float | None = None, **options: Unpack[EncodeOptions]
+    ) -> Taggings:
         """Label every token of a text, or of up to 256 texts or sequences of token ids."""
-        request = _encoding.tag_request(model, inputs, truncate)
+        request = _encoding.tag_request(model, inputs, options)
         return _encoding.taggings(_unary(self._inference.TagTokens, request, timeout))
 
     def fill_mask(
@@ -244,10 +246,16 @@ class Client:
         return _encoding.filled_texts(_unary(self._inference.FillMask, request, timeout))
 
     def rerank(
-        self, query: str, texts: Iterable[str], *, model: str, truncate: bool = False, timeout: float | None = None
+        self,
+        query: str,
+        texts: Iterable[str],
+        *,
+        model: str,
+        timeout: float | None = None,
+        **options: Unpack[EncodeOptions],
     ) -> Ranking:
         """Say how relevant up to 256 texts are to a query, and put them in order."""
-        request = _encoding.rerank_request(model, query, texts, truncate)
+        request = _encoding.rerank_request(model, query, texts, options)
         return _encoding.ranking(_unary(self._inference.Score, request, timeout))
 
     def explain(

@@ -180,6 +180,8 @@ class App:
         encode_options = EncodeOptions(
             max_waiting_requests=settings.max_waiting_requests,
             limits=BatchLimits(max_tokens=settings.max_batch_tokens),
+            max_delay_seconds=settings.max_batch_delay_seconds,
+            ageing_seconds=settings.ageing_seconds,
             threads=settings.threads,
         )
         for bundle in bundles:

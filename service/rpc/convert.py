@@ -14,6 +14,7 @@ from attendant.bundle import Manifest, Places, Vocabulary, WeightsSpec
 from attendant.v1 import generation_pb2 as pb
 from service.errors import ContextLengthExceeded, InvalidField, Unsupported
 from service.rpc.sampling_fields import read_sampling
+from service.rpc.urgency import read_budget, read_priority
 from service.scheduling.request import Beam, Request, SamplingParams, Source
 
 DEFAULT_MAX_TOKENS = 256
@@ -22,7 +23,6 @@ MAX_STOP_STRING_CHARACTERS = 256
 MAX_STOP_TOKEN_IDS = 64
 MAX_TOP_LOGPROBS = 20
 MAX_BEAM_WIDTH = 32
-MAX_BUDGET_SECONDS = 86_400
 GREEDY = SamplingParams(temperature=0.0)
 
 _WITH_BEAM = ("max_tokens", "n")
@@ -129,8 +129,6 @@ def read_options(message: pb.GenerateRequest, manifest: Manifest) -> Options:
         raise InvalidField("output.top_logprobs", output.top_logprobs, "needs output.logprobs")
     if output.alignment and not any(spec.rows is Places.WRITTEN for spec in _weights(manifest)):
         raise Unsupported(f"output.alignment: model {manifest.key} has no explain graph with attention to a source")
-    if not -100 <= message.priority <= 100:
-        raise InvalidField("priority", message.priority, "must be in [-100, 100]")
     if message.request_id and not _REQUEST_ID.fullmatch(message.request_id):
         raise InvalidField("request_id", message.request_id, "must be 1 to 128 printable ASCII characters")
     beam = read_beam(message) if message.HasField("beam") else None
@@ -148,9 +146,9 @@ def read_options(message: pb.GenerateRequest, manifest: Manifest) -> Options:
         top_logprobs=output.top_logprobs if beam is None else min(2 * beam.width, vocabulary.size),
         echo=output.echo,
         alignment=output.alignment,
-        priority=message.priority,
+        priority=read_priority(message),
         beam=beam,
-        latency_budget=_read_budget(message),
+        latency_budget=read_budget(message),
     )
 
 
@@ -336,15 +334,6 @@ def to_request(
 
 def _weights(manifest: Manifest) -> tuple[WeightsSpec, ...]:
     return () if manifest.explain is None else manifest.explain.weights
-
-
-def _read_budget(message: pb.GenerateRequest) -> float | None:
-    if not message.HasField("latency_budget"):
-        return None
-    seconds = message.latency_budget.seconds + message.latency_budget.nanos / 1e9
-    if not 0 < seconds <= MAX_BUDGET_SECONDS:
-        raise InvalidField("latency_budget", f"{seconds:.7g} s", f"must be in (0, {MAX_BUDGET_SECONDS}] seconds")
-    return seconds
 
 
 def _read_stop_strings(stop: pb.StopConditions) -> tuple[str, ...]:

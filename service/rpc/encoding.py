@@ -8,7 +8,7 @@ from google.protobuf.message import Message
 
 from attendant.v1 import classification_pb2, embedding_pb2, fill_mask_pb2, scoring_pb2, tagging_pb2
 from service.encode_loop import EncodeLoop
-from service.errors import AttendantError
+from service.errors import AttendantError, DeadlineExceeded, DeadlineUnreachable
 from service.metrics import ServerMetrics
 from service.rpc.catalog import ModelCatalog
 from service.rpc.classify import CLASSIFY
@@ -19,6 +19,7 @@ from service.rpc.registration import Context, ended_by
 from service.rpc.score import SCORE
 from service.rpc.tag import TAG
 from service.rpc.texts import timings_of, usage_of
+from service.rpc.urgency import read_urgency
 from service.rpc.workers import TextWorkers
 
 
@@ -66,24 +67,29 @@ class EncodingMethods:
             model = self._catalog.resolve(request.model)
             encoder = model.encoder(task.name)
             finish = task.check(request, encoder.manifest, self._max_prompt_bytes)
+            urgency = read_urgency(request, arrival, context)
             reading = Reading(manifest=encoder.manifest, text=model.text, capacity=encoder.capacity)
             inputs = await self._workers.run(lambda: task.read(request, reading))
+            tokenise_seconds = encoder.clock() - arrival
+            call = encoder.submit([each.item for each in inputs], finish, urgency, task.field)
         except AttendantError as error:
             self._metrics.turned_away(self._catalog.label(request.model), error.reason.lower())
             raise
-        tokenise_seconds = encoder.clock() - arrival
         try:
-            call = await encoder.encode([each.item for each in inputs], finish, arrival, task.field)
+            await encoder.result(call)
         except asyncio.CancelledError:
             expired = ended_by(context) is grpc.StatusCode.DEADLINE_EXCEEDED
             model.metrics.failed("deadline" if expired else "cancelled")
+            raise
+        except (DeadlineExceeded, DeadlineUnreachable):
+            model.metrics.failed("deadline")
             raise
         except AttendantError:
             model.metrics.failed("error")
             raise
         for each in inputs:
             model.metrics.encoded(each.item.length, call.ended - arrival)
-        model.metrics.completed(has_deadline=context.time_remaining() is not None)
+        model.metrics.completed(has_deadline=urgency.deadline is not None)
         timings = timings_of(call, tokenise_seconds)
         answer = Answer(results=call.results, reading=reading, usage=usage_of(inputs), timings=timings)
         return task.respond(request, inputs, answer)

@@ -37,9 +37,9 @@ def test_a_single_input_is_a_list_of_one_and_silence_stays_silence(client, scrip
 def test_what_cannot_be_sent_is_named(client):
     with pytest.raises(TypeError, match=r"inputs\[1\]"):
         client.classify(["a", [1.5]], model="m")
-    with pytest.raises(TypeError, match="unknown option 'topk'; known: top_k, logits, truncate, resize"):
+    with pytest.raises(TypeError, match="unknown option 'topk'; known: truncate, priority, latency_budget, top_k, "):
         client.classify("a", model="m", topk=3)
-    with pytest.raises(TypeError, match="unknown option 'resize'; known: top_k, truncate"):
+    with pytest.raises(TypeError, match="unknown option 'resize'; known: truncate, priority, latency_budget, top_k"):
         client.fill_mask("a", model="m", resize=True)
     with pytest.raises(TypeError, match="texts"):
         client.rerank("a", [3], model="m")

@@ -24,25 +24,26 @@ _sym_db = _symbol_database.Default()
 
 from attendant.v1 import generation_pb2 as attendant_dot_v1_dot_generation__pb2
 from attendant.v1 import image_pb2 as attendant_dot_v1_dot_image__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!attendant/v1/classification.proto\x12\x0c\x61ttendant.v1\x1a\x1d\x61ttendant/v1/generation.proto\x1a\x18\x61ttendant/v1/image.proto\")\n\x08TextPair\x12\r\n\x05\x66irst\x18\x01 \x01(\t\x12\x0e\n\x06second\x18\x02 \x01(\t\"\xa3\x01\n\rClassifyInput\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12&\n\x04pair\x18\x02 \x01(\x0b\x32\x16.attendant.v1.TextPairH\x00\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x16.attendant.v1.TokenIdsH\x00\x12$\n\x05image\x18\x04 \x01(\x0b\x32\x13.attendant.v1.ImageH\x00\x42\x07\n\x05input\"\x9d\x01\n\x0f\x43lassifyRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x06inputs\x18\x02 \x03(\x0b\x32\x1b.attendant.v1.ClassifyInput\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\x0e\n\x06logits\x18\x04 \x01(\x08\x12\x10\n\x08truncate\x18\x05 \x01(\x08\x12\x0e\n\x06resize\x18\x06 \x01(\x08\x42\x08\n\x06_top_k\"]\n\nClassScore\x12\r\n\x05index\x18\x01 \x01(\x05\x12\r\n\x05label\x18\x02 \x01(\t\x12\x13\n\x0bprobability\x18\x03 \x01(\x02\x12\x12\n\x05logit\x18\x04 \x01(\x02H\x00\x88\x01\x01\x42\x08\n\x06_logit\"^\n\x0e\x43lassification\x12)\n\x07\x63lasses\x18\x01 \x03(\x0b\x32\x18.attendant.v1.ClassScore\x12\x0e\n\x06tokens\x18\x02 \x01(\x05\x12\x11\n\ttruncated\x18\x03 \x01(\x08\"\xa4\x01\n\x10\x43lassifyResponse\x12\x35\n\x0f\x63lassifications\x18\x01 \x03(\x0b\x32\x1c.attendant.v1.Classification\x12\r\n\x05model\x18\x02 \x01(\t\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.attendant.v1.Usage\x12&\n\x07timings\x18\x04 \x01(\x0b\x32\x15.attendant.v1.Timingsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!attendant/v1/classification.proto\x12\x0c\x61ttendant.v1\x1a\x1d\x61ttendant/v1/generation.proto\x1a\x18\x61ttendant/v1/image.proto\x1a\x1egoogle/protobuf/duration.proto\")\n\x08TextPair\x12\r\n\x05\x66irst\x18\x01 \x01(\t\x12\x0e\n\x06second\x18\x02 \x01(\t\"\xa3\x01\n\rClassifyInput\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12&\n\x04pair\x18\x02 \x01(\x0b\x32\x16.attendant.v1.TextPairH\x00\x12+\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x16.attendant.v1.TokenIdsH\x00\x12$\n\x05image\x18\x04 \x01(\x0b\x32\x13.attendant.v1.ImageH\x00\x42\x07\n\x05input\"\xf4\x01\n\x0f\x43lassifyRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x06inputs\x18\x02 \x03(\x0b\x32\x1b.attendant.v1.ClassifyInput\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\x0e\n\x06logits\x18\x04 \x01(\x08\x12\x10\n\x08truncate\x18\x05 \x01(\x08\x12\x0e\n\x06resize\x18\x06 \x01(\x08\x12\x15\n\x08priority\x18\x07 \x01(\x05H\x01\x88\x01\x01\x12\x31\n\x0elatency_budget\x18\x08 \x01(\x0b\x32\x19.google.protobuf.DurationB\x08\n\x06_top_kB\x0b\n\t_priority\"]\n\nClassScore\x12\r\n\x05index\x18\x01 \x01(\x05\x12\r\n\x05label\x18\x02 \x01(\t\x12\x13\n\x0bprobability\x18\x03 \x01(\x02\x12\x12\n\x05logit\x18\x04 \x01(\x02H\x00\x88\x01\x01\x42\x08\n\x06_logit\"^\n\x0e\x43lassification\x12)\n\x07\x63lasses\x18\x01 \x03(\x0b\x32\x18.attendant.v1.ClassScore\x12\x0e\n\x06tokens\x18\x02 \x01(\x05\x12\x11\n\ttruncated\x18\x03 \x01(\x08\"\xa4\x01\n\x10\x43lassifyResponse\x12\x35\n\x0f\x63lassifications\x18\x01 \x03(\x0b\x32\x1c.attendant.v1.Classification\x12\r\n\x05model\x18\x02 \x01(\t\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.attendant.v1.Usage\x12&\n\x07timings\x18\x04 \x01(\x0b\x32\x15.attendant.v1.Timingsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'attendant.v1.classification_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TEXTPAIR']._serialized_start=108
-  _globals['_TEXTPAIR']._serialized_end=149
-  _globals['_CLASSIFYINPUT']._serialized_start=152
-  _globals['_CLASSIFYINPUT']._serialized_end=315
-  _globals['_CLASSIFYREQUEST']._serialized_start=318
-  _globals['_CLASSIFYREQUEST']._serialized_end=475
-  _globals['_CLASSSCORE']._serialized_start=477
-  _globals['_CLASSSCORE']._serialized_end=570
-  _globals['_CLASSIFICATION']._serialized_start=572
-  _globals['_CLASSIFICATION']._serialized_end=666
-  _globals['_CLASSIFYRESPONSE']._serialized_start=669
-  _globals['_CLASSIFYRESPONSE']._serialized_end=833
+  _globals['_TEXTPAIR']._serialized_start=140
+  _globals['_TEXTPAIR']._serialized_end=181
+  _globals['_CLASSIFYINPUT']._serialized_start=184
+  _globals['_CLASSIFYINPUT']._serialized_end=347
+  _globals['_CLASSIFYREQUEST']._serialized_start=350
+  _globals['_CLASSIFYREQUEST']._serialized_end=594
+  _globals['_CLASSSCORE']._serialized_start=596
+  _globals['_CLASSSCORE']._serialized_end=689
+  _globals['_CLASSIFICATION']._serialized_start=691
+  _globals['_CLASSIFICATION']._serialized_end=785
+  _globals['_CLASSIFYRESPONSE']._serialized_start=788
+  _globals['_CLASSIFYRESPONSE']._serialized_end=952
 # @@protoc_insertion_point(module_scope)

@@ -23,23 +23,24 @@ _sym_db = _symbol_database.Default()
 
 
 from attendant.v1 import generation_pb2 as attendant_dot_v1_dot_generation__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61ttendant/v1/embedding.proto\x12\x0c\x61ttendant.v1\x1a\x1d\x61ttendant/v1/generation.proto\"R\n\nEmbedInput\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.attendant.v1.TokenIdsH\x00\x42\x07\n\x05input\"\xcf\x01\n\x0c\x45mbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x06inputs\x18\x02 \x03(\x0b\x32\x18.attendant.v1.EmbedInput\x12&\n\x07pooling\x18\x03 \x01(\x0e\x32\x15.attendant.v1.Pooling\x12\x16\n\tnormalize\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12\x17\n\ndimensions\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x10\n\x08truncate\x18\x06 \x01(\x08\x42\x0c\n\n_normalizeB\r\n\x0b_dimensions\">\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x03(\x02\x12\x0e\n\x06tokens\x18\x02 \x01(\x05\x12\x11\n\ttruncated\x18\x03 \x01(\x08\"\x97\x01\n\rEmbedResponse\x12+\n\nembeddings\x18\x01 \x03(\x0b\x32\x17.attendant.v1.Embedding\x12\r\n\x05model\x18\x02 \x01(\t\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.attendant.v1.Usage\x12&\n\x07timings\x18\x04 \x01(\x0b\x32\x15.attendant.v1.Timings*h\n\x07Pooling\x12\x17\n\x13POOLING_UNSPECIFIED\x10\x00\x12\x10\n\x0cPOOLING_MEAN\x10\x01\x12\x0f\n\x0bPOOLING_CLS\x10\x02\x12\x0f\n\x0bPOOLING_MAX\x10\x03\x12\x10\n\x0cPOOLING_LAST\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61ttendant/v1/embedding.proto\x12\x0c\x61ttendant.v1\x1a\x1d\x61ttendant/v1/generation.proto\x1a\x1egoogle/protobuf/duration.proto\"R\n\nEmbedInput\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.attendant.v1.TokenIdsH\x00\x42\x07\n\x05input\"\xa6\x02\n\x0c\x45mbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x06inputs\x18\x02 \x03(\x0b\x32\x18.attendant.v1.EmbedInput\x12&\n\x07pooling\x18\x03 \x01(\x0e\x32\x15.attendant.v1.Pooling\x12\x16\n\tnormalize\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12\x17\n\ndimensions\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x10\n\x08truncate\x18\x06 \x01(\x08\x12\x15\n\x08priority\x18\x07 \x01(\x05H\x02\x88\x01\x01\x12\x31\n\x0elatency_budget\x18\x08 \x01(\x0b\x32\x19.google.protobuf.DurationB\x0c\n\n_normalizeB\r\n\x0b_dimensionsB\x0b\n\t_priority\">\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x03(\x02\x12\x0e\n\x06tokens\x18\x02 \x01(\x05\x12\x11\n\ttruncated\x18\x03 \x01(\x08\"\x97\x01\n\rEmbedResponse\x12+\n\nembeddings\x18\x01 \x03(\x0b\x32\x17.attendant.v1.Embedding\x12\r\n\x05model\x18\x02 \x01(\t\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.attendant.v1.Usage\x12&\n\x07timings\x18\x04 \x01(\x0b\x32\x15.attendant.v1.Timings*h\n\x07Pooling\x12\x17\n\x13POOLING_UNSPECIFIED\x10\x00\x12\x10\n\x0cPOOLING_MEAN\x10\x01\x12\x0f\n\x0bPOOLING_CLS\x10\x02\x12\x0f\n\x0bPOOLING_MAX\x10\x03\x12\x10\n\x0cPOOLING_LAST\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'attendant.v1.embedding_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_POOLING']._serialized_start=589
-  _globals['_POOLING']._serialized_end=693
-  _globals['_EMBEDINPUT']._serialized_start=77
-  _globals['_EMBEDINPUT']._serialized_end=159
-  _globals['_EMBEDREQUEST']._serialized_start=162
-  _globals['_EMBEDREQUEST']._serialized_end=369
-  _globals['_EMBEDDING']._serialized_start=371
-  _globals['_EMBEDDING']._serialized_end=433
-  _globals['_EMBEDRESPONSE']._serialized_start=436
-  _globals['_EMBEDRESPONSE']._serialized_end=587
+  _globals['_POOLING']._serialized_start=708
+  _globals['_POOLING']._serialized_end=812
+  _globals['_EMBEDINPUT']._serialized_start=109
+  _globals['_EMBEDINPUT']._serialized_end=191
+  _globals['_EMBEDREQUEST']._serialized_start=194
+  _globals['_EMBEDREQUEST']._serialized_end=488
+  _globals['_EMBEDDING']._serialized_start=490
+  _globals['_EMBEDDING']._serialized_end=552
+  _globals['_EMBEDRESPONSE']._serialized_start=555
+  _globals['_EMBEDRESPONSE']._serialized_end=706
 # @@protoc_insertion_point(module_scope)

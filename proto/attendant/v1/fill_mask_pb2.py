@@ -23,25 +23,26 @@ _sym_db = _symbol_database.Default()
 
 
 from attendant.v1 import generation_pb2 as attendant_dot_v1_dot_generation__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61ttendant/v1/fill_mask.proto\x12\x0c\x61ttendant.v1\x1a\x1d\x61ttendant/v1/generation.proto\"U\n\rFillMaskInput\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.attendant.v1.TokenIdsH\x00\x42\x07\n\x05input\"}\n\x0f\x46illMaskRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x06inputs\x18\x02 \x03(\x0b\x32\x1b.attendant.v1.FillMaskInput\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\x10\n\x08truncate\x18\x04 \x01(\x08\x42\x08\n\x06_top_k\"F\n\x0eTokenCandidate\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\r\n\x05token\x18\x02 \x01(\t\x12\x13\n\x0bprobability\x18\x03 \x01(\x02\"P\n\nFilledMask\x12\x10\n\x08position\x18\x01 \x01(\x05\x12\x30\n\ncandidates\x18\x02 \x03(\x0b\x32\x1c.attendant.v1.TokenCandidate\"X\n\nFilledText\x12\'\n\x05masks\x18\x01 \x03(\x0b\x32\x18.attendant.v1.FilledMask\x12\x0e\n\x06tokens\x18\x02 \x01(\x05\x12\x11\n\ttruncated\x18\x03 \x01(\x08\"\x96\x01\n\x10\x46illMaskResponse\x12\'\n\x05texts\x18\x01 \x03(\x0b\x32\x18.attendant.v1.FilledText\x12\r\n\x05model\x18\x02 \x01(\t\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.attendant.v1.Usage\x12&\n\x07timings\x18\x04 \x01(\x0b\x32\x15.attendant.v1.Timingsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61ttendant/v1/fill_mask.proto\x12\x0c\x61ttendant.v1\x1a\x1d\x61ttendant/v1/generation.proto\x1a\x1egoogle/protobuf/duration.proto\"U\n\rFillMaskInput\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.attendant.v1.TokenIdsH\x00\x42\x07\n\x05input\"\xd4\x01\n\x0f\x46illMaskRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x06inputs\x18\x02 \x03(\x0b\x32\x1b.attendant.v1.FillMaskInput\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\x10\n\x08truncate\x18\x04 \x01(\x08\x12\x15\n\x08priority\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\x31\n\x0elatency_budget\x18\x06 \x01(\x0b\x32\x19.google.protobuf.DurationB\x08\n\x06_top_kB\x0b\n\t_priority\"F\n\x0eTokenCandidate\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\r\n\x05token\x18\x02 \x01(\t\x12\x13\n\x0bprobability\x18\x03 \x01(\x02\"P\n\nFilledMask\x12\x10\n\x08position\x18\x01 \x01(\x05\x12\x30\n\ncandidates\x18\x02 \x03(\x0b\x32\x1c.attendant.v1.TokenCandidate\"X\n\nFilledText\x12\'\n\x05masks\x18\x01 \x03(\x0b\x32\x18.attendant.v1.FilledMask\x12\x0e\n\x06tokens\x18\x02 \x01(\x05\x12\x11\n\ttruncated\x18\x03 \x01(\x08\"\x96\x01\n\x10\x46illMaskResponse\x12\'\n\x05texts\x18\x01 \x03(\x0b\x32\x18.attendant.v1.FilledText\x12\r\n\x05model\x18\x02 \x01(\t\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.attendant.v1.Usage\x12&\n\x07timings\x18\x04 \x01(\x0b\x32\x15.attendant.v1.Timingsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'attendant.v1.fill_mask_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FILLMASKINPUT']._serialized_start=77
-  _globals['_FILLMASKINPUT']._serialized_end=162
-  _globals['_FILLMASKREQUEST']._serialized_start=164
-  _globals['_FILLMASKREQUEST']._serialized_end=289
-  _globals['_TOKENCANDIDATE']._serialized_start=291
-  _globals['_TOKENCANDIDATE']._serialized_end=361
-  _globals['_FILLEDMASK']._serialized_start=363
-  _globals['_FILLEDMASK']._serialized_end=443
-  _globals['_FILLEDTEXT']._serialized_start=445
-  _globals['_FILLEDTEXT']._serialized_end=533
-  _globals['_FILLMASKRESPONSE']._serialized_start=536
-  _globals['_FILLMASKRESPONSE']._serialized_end=686
+  _globals['_FILLMASKINPUT']._serialized_start=109
+  _globals['_FILLMASKINPUT']._serialized_end=194
+  _globals['_FILLMASKREQUEST']._serialized_start=197
+  _globals['_FILLMASKREQUEST']._serialized_end=409
+  _globals['_TOKENCANDIDATE']._serialized_start=411
+  _globals['_TOKENCANDIDATE']._serialized_end=481
+  _globals['_FILLEDMASK']._serialized_start=483
+  _globals['_FILLEDMASK']._serialized_end=563
+  _globals['_FILLEDTEXT']._serialized_start=565
+  _globals['_FILLEDTEXT']._serialized_end=653
+  _globals['_FILLMASKRESPONSE']._serialized_start=656
+  _globals['_FILLMASKRESPONSE']._serialized_end=806
 # @@protoc_insertion_point(module_scope)

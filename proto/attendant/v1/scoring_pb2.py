@@ -23,21 +23,22 @@ _sym_db = _symbol_database.Default()
 
 
 from attendant.v1 import generation_pb2 as attendant_dot_v1_dot_generation__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x61ttendant/v1/scoring.proto\x12\x0c\x61ttendant.v1\x1a\x1d\x61ttendant/v1/generation.proto\")\n\tRelevance\x12\r\n\x05query\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\"f\n\x0cScoreRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12,\n\trelevance\x18\x02 \x01(\x0b\x32\x17.attendant.v1.RelevanceH\x00\x12\x10\n\x08truncate\x18\x03 \x01(\x08\x42\x07\n\x05input\"R\n\tTextScore\x12\r\n\x05score\x18\x01 \x01(\x02\x12\x13\n\x0bprobability\x18\x02 \x01(\x02\x12\x0e\n\x06tokens\x18\x03 \x01(\x05\x12\x11\n\ttruncated\x18\x04 \x01(\x08\"\xa2\x01\n\rScoreResponse\x12\'\n\x06scores\x18\x01 \x03(\x0b\x32\x17.attendant.v1.TextScore\x12\r\n\x05order\x18\x02 \x03(\x05\x12\r\n\x05model\x18\x03 \x01(\t\x12\"\n\x05usage\x18\x04 \x01(\x0b\x32\x13.attendant.v1.Usage\x12&\n\x07timings\x18\x05 \x01(\x0b\x32\x15.attendant.v1.Timingsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x61ttendant/v1/scoring.proto\x12\x0c\x61ttendant.v1\x1a\x1d\x61ttendant/v1/generation.proto\x1a\x1egoogle/protobuf/duration.proto\")\n\tRelevance\x12\r\n\x05query\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\"\xbd\x01\n\x0cScoreRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12,\n\trelevance\x18\x02 \x01(\x0b\x32\x17.attendant.v1.RelevanceH\x00\x12\x10\n\x08truncate\x18\x03 \x01(\x08\x12\x15\n\x08priority\x18\x04 \x01(\x05H\x01\x88\x01\x01\x12\x31\n\x0elatency_budget\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationB\x07\n\x05inputB\x0b\n\t_priority\"R\n\tTextScore\x12\r\n\x05score\x18\x01 \x01(\x02\x12\x13\n\x0bprobability\x18\x02 \x01(\x02\x12\x0e\n\x06tokens\x18\x03 \x01(\x05\x12\x11\n\ttruncated\x18\x04 \x01(\x08\"\xa2\x01\n\rScoreResponse\x12\'\n\x06scores\x18\x01 \x03(\x0b\x32\x17.attendant.v1.TextScore\x12\r\n\x05order\x18\x02 \x03(\x05\x12\r\n\x05model\x18\x03 \x01(\t\x12\"\n\x05usage\x18\x04 \x01(\x0b\x32\x13.attendant.v1.Usage\x12&\n\x07timings\x18\x05 \x01(\x0b\x32\x15.attendant.v1.Timingsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'attendant.v1.scoring_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RELEVANCE']._serialized_start=75
-  _globals['_RELEVANCE']._serialized_end=116
-  _globals['_SCOREREQUEST']._serialized_start=118
-  _globals['_SCOREREQUEST']._serialized_end=220
-  _globals['_TEXTSCORE']._serialized_start=222
-  _globals['_TEXTSCORE']._serialized_end=304
-  _globals['_SCORERESPONSE']._serialized_start=307
-  _globals['_SCORERESPONSE']._serialized_end=469
+  _globals['_RELEVANCE']._serialized_start=107
+  _globals['_RELEVANCE']._serialized_end=148
+  _globals['_SCOREREQUEST']._serialized_start=151
+  _globals['_SCOREREQUEST']._serialized_end=340
+  _globals['_TEXTSCORE']._serialized_start=342
+  _globals['_TEXTSCORE']._serialized_end=424
+  _globals['_SCORERESPONSE']._serialized_start=427
+  _globals['_SCORERESPONSE']._serialized_end=589
 # @@protoc_insertion_point(module_scope)

@@ -1,4 +1,7 @@
+import datetime
+
 from attendant.v1 import generation_pb2 as _generation_pb2
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -16,14 +19,18 @@ class Relevance(_message.Message):
     def __init__(self, query: _Optional[str] = ..., texts: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("model", "relevance", "truncate")
+    __slots__ = ("model", "relevance", "truncate", "priority", "latency_budget")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     RELEVANCE_FIELD_NUMBER: _ClassVar[int]
     TRUNCATE_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_BUDGET_FIELD_NUMBER: _ClassVar[int]
     model: str
     relevance: Relevance
     truncate: bool
-    def __init__(self, model: _Optional[str] = ..., relevance: _Optional[_Union[Relevance, _Mapping]] = ..., truncate: _Optional[bool] = ...) -> None: ...
+    priority: int
+    latency_budget: _duration_pb2.Duration
+    def __init__(self, model: _Optional[str] = ..., relevance: _Optional[_Union[Relevance, _Mapping]] = ..., truncate: _Optional[bool] = ..., priority: _Optional[int] = ..., latency_budget: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class TextScore(_message.Message):
     __slots__ = ("score", "probability", "tokens", "truncated")

@@ -23,23 +23,24 @@ _sym_db = _symbol_database.Default()
 
 
 from attendant.v1 import generation_pb2 as attendant_dot_v1_dot_generation__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x61ttendant/v1/tagging.proto\x12\x0c\x61ttendant.v1\x1a\x1d\x61ttendant/v1/generation.proto\"P\n\x08TagInput\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.attendant.v1.TokenIdsH\x00\x42\x07\n\x05input\"[\n\x10TagTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12&\n\x06inputs\x18\x02 \x03(\x0b\x32\x16.attendant.v1.TagInput\x12\x10\n\x08truncate\x18\x03 \x01(\x08\"n\n\x0bTaggedToken\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\r\n\x05token\x18\x02 \x01(\t\x12\r\n\x05label\x18\x03 \x01(\t\x12\x13\n\x0bprobability\x18\x04 \x01(\x02\x12\r\n\x05start\x18\x05 \x01(\x05\x12\x0b\n\x03\x65nd\x18\x06 \x01(\x05\"[\n\x07Tagging\x12)\n\x06tokens\x18\x01 \x03(\x0b\x32\x19.attendant.v1.TaggedToken\x12\x12\n\nnum_tokens\x18\x02 \x01(\x05\x12\x11\n\ttruncated\x18\x03 \x01(\x08\"\x97\x01\n\x11TagTokensResponse\x12\'\n\x08taggings\x18\x01 \x03(\x0b\x32\x15.attendant.v1.Tagging\x12\r\n\x05model\x18\x02 \x01(\t\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.attendant.v1.Usage\x12&\n\x07timings\x18\x04 \x01(\x0b\x32\x15.attendant.v1.Timingsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x61ttendant/v1/tagging.proto\x12\x0c\x61ttendant.v1\x1a\x1d\x61ttendant/v1/generation.proto\x1a\x1egoogle/protobuf/duration.proto\"P\n\x08TagInput\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.attendant.v1.TokenIdsH\x00\x42\x07\n\x05input\"\xb2\x01\n\x10TagTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12&\n\x06inputs\x18\x02 \x03(\x0b\x32\x16.attendant.v1.TagInput\x12\x10\n\x08truncate\x18\x03 \x01(\x08\x12\x15\n\x08priority\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x31\n\x0elatency_budget\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationB\x0b\n\t_priority\"n\n\x0bTaggedToken\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\r\n\x05token\x18\x02 \x01(\t\x12\r\n\x05label\x18\x03 \x01(\t\x12\x13\n\x0bprobability\x18\x04 \x01(\x02\x12\r\n\x05start\x18\x05 \x01(\x05\x12\x0b\n\x03\x65nd\x18\x06 \x01(\x05\"[\n\x07Tagging\x12)\n\x06tokens\x18\x01 \x03(\x0b\x32\x19.attendant.v1.TaggedToken\x12\x12\n\nnum_tokens\x18\x02 \x01(\x05\x12\x11\n\ttruncated\x18\x03 \x01(\x08\"\x97\x01\n\x11TagTokensResponse\x12\'\n\x08taggings\x18\x01 \x03(\x0b\x32\x15.attendant.v1.Tagging\x12\r\n\x05model\x18\x02 \x01(\t\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.attendant.v1.Usage\x12&\n\x07timings\x18\x04 \x01(\x0b\x32\x15.attendant.v1.Timingsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'attendant.v1.tagging_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TAGINPUT']._serialized_start=75
-  _globals['_TAGINPUT']._serialized_end=155
-  _globals['_TAGTOKENSREQUEST']._serialized_start=157
-  _globals['_TAGTOKENSREQUEST']._serialized_end=248
-  _globals['_TAGGEDTOKEN']._serialized_start=250
-  _globals['_TAGGEDTOKEN']._serialized_end=360
-  _globals['_TAGGING']._serialized_start=362
-  _globals['_TAGGING']._serialized_end=453
-  _globals['_TAGTOKENSRESPONSE']._serialized_start=456
-  _globals['_TAGTOKENSRESPONSE']._serialized_end=607
+  _globals['_TAGINPUT']._serialized_start=107
+  _globals['_TAGINPUT']._serialized_end=187
+  _globals['_TAGTOKENSREQUEST']._serialized_start=190
+  _globals['_TAGTOKENSREQUEST']._serialized_end=368
+  _globals['_TAGGEDTOKEN']._serialized_start=370
+  _globals['_TAGGEDTOKEN']._serialized_end=480
+  _globals['_TAGGING']._serialized_start=482
+  _globals['_TAGGING']._serialized_end=573
+  _globals['_TAGTOKENSRESPONSE']._serialized_start=576
+  _globals['_TAGTOKENSRESPONSE']._serialized_end=727
 # @@protoc_insertion_point(module_scope)

@@ -1,4 +1,7 @@
+import datetime
+
 from attendant.v1 import generation_pb2 as _generation_pb2
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -16,14 +19,18 @@ class TagInput(_message.Message):
     def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Union[_generation_pb2.TokenIds, _Mapping]] = ...) -> None: ...
 
 class TagTokensRequest(_message.Message):
-    __slots__ = ("model", "inputs", "truncate")
+    __slots__ = ("model", "inputs", "truncate", "priority", "latency_budget")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     TRUNCATE_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_BUDGET_FIELD_NUMBER: _ClassVar[int]
     model: str
     inputs: _containers.RepeatedCompositeFieldContainer[TagInput]
     truncate: bool
-    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[TagInput, _Mapping]]] = ..., truncate: _Optional[bool] = ...) -> None: ...
+    priority: int
+    latency_budget: _duration_pb2.Duration
+    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[TagInput, _Mapping]]] = ..., truncate: _Optional[bool] = ..., priority: _Optional[int] = ..., latency_budget: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class TaggedToken(_message.Message):
     __slots__ = ("token_id", "token", "label", "probability", "start", "end")
