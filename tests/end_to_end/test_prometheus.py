@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import threading
+import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from attendant.v1 import generation_pb2 as pb
 ROOT = Path(__file__).parents[2]
 RULES = sorted((ROOT / "deploy/prometheus").glob("*.yml"))
 DASHBOARDS = sorted((ROOT / "deploy/grafana").glob("*.json"))
+PATIENCE = 30.0  # seconds
 VARIABLES = {"__rate_interval": "10s", "__interval": "10s", "__range": "30s"}
 
 
@@ -51,6 +54,18 @@ class Prometheus:
         # What it says from now on nobody reads; it must not wait for a reader.
         self._reader = threading.Thread(target=self._process.stderr.read, daemon=True)
         self._reader.start()
+        self._wait_ready()
+
+    def _wait_ready(self) -> None:
+        """It listens before it answers queries."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://{self._address}/-/ready", timeout=PATIENCE):
+                    return
+            except urllib.error.HTTPError as error:
+                error.close()
+                assert time.monotonic() < deadline, "Prometheus never became ready"
 
     def get(self, path: str, **parameters: str) -> Any:
         """Ask the HTTP API."""
