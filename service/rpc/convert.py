@@ -289,6 +289,7 @@ def to_request(
     arrival: float,
     deadline: float | None,
     source: Source | None = None,
+    tenant: str = "",
 ) -> Request:
     """Resolve what depends on the prompt's length.
 
@@ -300,6 +301,7 @@ def to_request(
         arrival: when the request came, in seconds of the engine's clock.
         deadline: when its caller gives up, on the same clock.
         source: what the answer is about, if the model reads a source.
+        tenant: among whom the engine's time is shared.
 
     Raises:
         InvalidField: the prompt has no tokens, or min_tokens exceeds max_tokens.
@@ -327,6 +329,7 @@ def to_request(
         top_logprobs=options.top_logprobs,
         beam=options.beam,
         priority=options.priority,
+        tenant=tenant,
         arrival=arrival,
         deadline=deadline,
     )

@@ -8,7 +8,7 @@ import grpc
 
 from attendant.v1 import generation_pb2 as pb
 from service.engine_loop import EngineLoop, TokenStream
-from service.errors import AttendantError, DeadlineExceeded, InvalidField, TextTooLong
+from service.errors import AttendantError, DeadlineExceeded, DeadlineUnreachable, InvalidField, TextTooLong
 from service.metrics import ServerMetrics
 from service.rpc.alignment import Alignment
 from service.rpc.answer import Answer, wire_reason
@@ -28,6 +28,7 @@ from service.rpc.convert import (
 from service.rpc.pixels import read_file
 from service.rpc.registration import Context, ended_by
 from service.rpc.status import to_duration
+from service.rpc.urgency import tenant_of
 from service.rpc.workers import TextWorkers
 from service.scheduling.request import Finish, Source
 
@@ -92,6 +93,9 @@ class Generating:
         except asyncio.CancelledError:
             metrics.failed("deadline" if ended_by(context) is grpc.StatusCode.DEADLINE_EXCEEDED else "cancelled")
             raise
+        except DeadlineUnreachable as error:
+            self._metrics.turned_away(accepted.model.key, error.reason.lower())
+            raise
         except DeadlineExceeded:
             metrics.failed("deadline")
             raise
@@ -125,6 +129,7 @@ class Generating:
             arrival=arrival,
             deadline=None if remaining is None else engine.clock() + remaining,
             source=encoded.source,
+            tenant=tenant_of(context),
         )
         stream = engine.submit(request)
         return _Accepted(model, options, stream, encoded.text, arrival, engine.clock() - arrival)
