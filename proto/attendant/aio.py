@@ -125,6 +125,7 @@ class AsyncClient:
         check_health: "readiness", or "model/" and a model's name: of the servers behind the name only those get calls
             whose health says that they serve it, so that one that drains is left before it goes. Not through a proxy:
             it chooses the server itself.
+        tenant: who asks; a server that has too much to do shares its time fairly among tenants.
         options: further gRPC channel options.
 
     Every method takes `timeout` in seconds and raises an AttendantError if the call fails.
@@ -136,9 +137,11 @@ class AsyncClient:
         *,
         credentials: grpc.ChannelCredentials | None = None,
         check_health: str | None = None,
+        tenant: str = "",
         options: Sequence[tuple[str, Any]] = (),
     ) -> None:
         options = (*channel_options(check_health), *options)
+        self._metadata = (("x-attendant-tenant", tenant),) if tenant else ()
         self._channel = (
             grpc.aio.insecure_channel(target, options)
             if credentials is None
@@ -166,7 +169,7 @@ class AsyncClient:
         `encoder_text` alone. Of the answers of a beam search, the stream's text is the best one's.
         """
         request = _messages.generate_request(model, prompt, messages, token_ids, image, options)
-        return AsyncGenerateStream(self._inference.Generate(request, timeout=timeout))
+        return AsyncGenerateStream(self._inference.Generate(request, timeout=timeout, metadata=self._metadata))
 
     def chat(
         self,
@@ -184,7 +187,7 @@ class AsyncClient:
     ) -> Embeddings:
         """Turn a text, or up to 256 texts or sequences of token ids, into vectors."""
         request = _encoding.embed_request(model, inputs, options)
-        return _encoding.embeddings(await _unary(self._inference.Embed, request, timeout))
+        return _encoding.embeddings(await self._unary(self._inference.Embed, request, timeout))
 
     async def classify(
         self,
@@ -196,21 +199,21 @@ class AsyncClient:
     ) -> Classifications:
         """Say which classes texts, pairs of texts, token ids or images belong to, up to 256 of them."""
         request = _encoding.classify_request(model, inputs, options)
-        return _encoding.classifications(await _unary(self._inference.Classify, request, timeout))
+        return _encoding.classifications(await self._unary(self._inference.Classify, request, timeout))
 
     async def tag(
         self, inputs: Texts, *, model: str, timeout: float | None = None, **options: Unpack[EncodeOptions]
     ) -> Taggings:
         """Label every token of a text, or of up to 256 texts or sequences of token ids."""
         request = _encoding.tag_request(model, inputs, options)
-        return _encoding.taggings(await _unary(self._inference.TagTokens, request, timeout))
+        return _encoding.taggings(await self._unary(self._inference.TagTokens, request, timeout))
 
     async def fill_mask(
         self, inputs: Texts, *, model: str, timeout: float | None = None, **options: Unpack[FillMaskOptions]
     ) -> FilledTexts:
         """Say what might stand in the gaps of a text, or of up to 256: where the model's mask token stands."""
         request = _encoding.fill_mask_request(model, inputs, options)
-        return _encoding.filled_texts(await _unary(self._inference.FillMask, request, timeout))
+        return _encoding.filled_texts(await self._unary(self._inference.FillMask, request, timeout))
 
     async def rerank(
         self,
@@ -223,7 +226,7 @@ class AsyncClient:
     ) -> Ranking:
         """Say how relevant up to 256 texts are to a query, and put them in order."""
         request = _encoding.rerank_request(model, query, texts, options)
-        return _encoding.ranking(await _unary(self._inference.Score, request, timeout))
+        return _encoding.ranking(await self._unary(self._inference.Score, request, timeout))
 
     async def explain(
         self, text: str | None = None, *, model: str, timeout: float | None = None, **options: Unpack[ExplainOptions]
@@ -233,8 +236,9 @@ class AsyncClient:
         For a model that writes about a source, that is the source.
         """
         parts = ExplanationParts()
+        request = explain_request(model, text, options)
         try:
-            async for response in self._inference.Explain(explain_request(model, text, options), timeout=timeout):
+            async for response in self._inference.Explain(request, timeout=timeout, metadata=self._metadata):
                 parts.add(response)
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
@@ -251,7 +255,7 @@ class AsyncClient:
     ) -> Tokens:
         """Turn text or a conversation into token ids, exactly as `generate` would."""
         request = _messages.tokenize_request(model, text, messages, add_special_tokens)
-        return _messages.tokens(await _unary(self._inference.Tokenize, request, timeout))
+        return _messages.tokens(await self._unary(self._inference.Tokenize, request, timeout))
 
     async def detokenize(
         self,
@@ -263,7 +267,7 @@ class AsyncClient:
     ) -> str:
         """Turn token ids into text."""
         request = _messages.detokenize_request(model, token_ids, skip_special_tokens)
-        response = await _unary(self._inference.Detokenize, request, timeout)
+        response = await self._unary(self._inference.Detokenize, request, timeout)
         text: str = response.text
         return text
 
@@ -272,7 +276,7 @@ class AsyncClient:
         models: list[Model] = []
         request = model_service_pb2.ListModelsRequest(page_size=PAGE_SIZE)
         while True:
-            response = await _unary(self._models.ListModels, request, timeout)
+            response = await self._unary(self._models.ListModels, request, timeout)
             models += map(_messages.model, response.models)
             if not response.next_page_token:
                 return models
@@ -281,7 +285,7 @@ class AsyncClient:
     async def model(self, name: str, *, timeout: float | None = None) -> Model:
         """Describe one model, "name" (its newest version) or "name/version"."""
         request = model_service_pb2.GetModelRequest(model=name)
-        return _messages.model((await _unary(self._models.GetModel, request, timeout)).model)
+        return _messages.model((await self._unary(self._models.GetModel, request, timeout)).model)
 
     async def is_serving(self, name: str = READINESS, *, timeout: float | None = None) -> bool:
         """Ask the server's health: of the whole, or of one model as "model/" and its name.
@@ -289,7 +293,7 @@ class AsyncClient:
         Raises:
             AttendantError: no server answers, or it knows no such name.
         """
-        response = await _unary(self._health.Check, health_pb2.HealthCheckRequest(service=name), timeout)
+        response = await self._unary(self._health.Check, health_pb2.HealthCheckRequest(service=name), timeout)
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def close(self) -> None:
@@ -306,9 +310,8 @@ class AsyncClient:
         """Close the connection."""
         await self.close()
 
-
-async def _unary(method: Any, request: Any, timeout: float | None) -> Any:
-    try:
-        return await method(request, timeout=timeout)
-    except grpc.RpcError as error:
-        raise from_rpc_error(error) from None
+    async def _unary(self, method: Any, request: Any, timeout: float | None) -> Any:
+        try:
+            return await method(request, timeout=timeout, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None

@@ -158,6 +158,7 @@ class Client:
         check_health: "readiness", or "model/" and a model's name: of the servers behind the name only those get calls
             whose health says that they serve it, so that one that drains is left before it goes. Not through a proxy:
             it chooses the server itself.
+        tenant: who asks; a server that has too much to do shares its time fairly among tenants.
         options: further gRPC channel options.
 
     Every method takes `timeout` in seconds and raises an AttendantError if the call fails.
@@ -169,9 +170,11 @@ class Client:
         *,
         credentials: grpc.ChannelCredentials | None = None,
         check_health: str | None = None,
+        tenant: str = "",
         options: Sequence[tuple[str, Any]] = (),
     ) -> None:
         options = (*channel_options(check_health), *options)
+        self._metadata = (("x-attendant-tenant", tenant),) if tenant else ()
         self._channel = (
             grpc.insecure_channel(target, options)
             if credentials is None
@@ -199,7 +202,7 @@ class Client:
         `encoder_text` alone. Of the answers of a beam search, the stream's text is the best one's.
         """
         request = _messages.generate_request(model, prompt, messages, token_ids, image, options)
-        return GenerateStream(self._inference.Generate(request, timeout=timeout))
+        return GenerateStream(self._inference.Generate(request, timeout=timeout, metadata=self._metadata))
 
     def chat(
         self,
@@ -217,7 +220,7 @@ class Client:
     ) -> Embeddings:
         """Turn a text, or up to 256 texts or sequences of token ids, into vectors."""
         request = _encoding.embed_request(model, inputs, options)
-        return _encoding.embeddings(_unary(self._inference.Embed, request, timeout))
+        return _encoding.embeddings(self._unary(self._inference.Embed, request, timeout))
 
     def classify(
         self,
@@ -229,21 +232,21 @@ class Client:
     ) -> Classifications:
         """Say which classes texts, pairs of texts, token ids or images belong to, up to 256 of them."""
         request = _encoding.classify_request(model, inputs, options)
-        return _encoding.classifications(_unary(self._inference.Classify, request, timeout))
+        return _encoding.classifications(self._unary(self._inference.Classify, request, timeout))
 
     def tag(
         self, inputs: Texts, *, model: str, timeout: float | None = None, **options: Unpack[EncodeOptions]
     ) -> Taggings:
         """Label every token of a text, or of up to 256 texts or sequences of token ids."""
         request = _encoding.tag_request(model, inputs, options)
-        return _encoding.taggings(_unary(self._inference.TagTokens, request, timeout))
+        return _encoding.taggings(self._unary(self._inference.TagTokens, request, timeout))
 
     def fill_mask(
         self, inputs: Texts, *, model: str, timeout: float | None = None, **options: Unpack[FillMaskOptions]
     ) -> FilledTexts:
         """Say what might stand in the gaps of a text, or of up to 256: where the model's mask token stands."""
         request = _encoding.fill_mask_request(model, inputs, options)
-        return _encoding.filled_texts(_unary(self._inference.FillMask, request, timeout))
+        return _encoding.filled_texts(self._unary(self._inference.FillMask, request, timeout))
 
     def rerank(
         self,
@@ -256,7 +259,7 @@ class Client:
     ) -> Ranking:
         """Say how relevant up to 256 texts are to a query, and put them in order."""
         request = _encoding.rerank_request(model, query, texts, options)
-        return _encoding.ranking(_unary(self._inference.Score, request, timeout))
+        return _encoding.ranking(self._unary(self._inference.Score, request, timeout))
 
     def explain(
         self, text: str | None = None, *, model: str, timeout: float | None = None, **options: Unpack[ExplainOptions]
@@ -266,8 +269,9 @@ class Client:
         For a model that writes about a source, that is the source.
         """
         parts = ExplanationParts()
+        request = explain_request(model, text, options)
         try:
-            for response in self._inference.Explain(explain_request(model, text, options), timeout=timeout):
+            for response in self._inference.Explain(request, timeout=timeout, metadata=self._metadata):
                 parts.add(response)
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
@@ -284,7 +288,7 @@ class Client:
     ) -> Tokens:
         """Turn text or a conversation into token ids, exactly as `generate` would."""
         request = _messages.tokenize_request(model, text, messages, add_special_tokens)
-        return _messages.tokens(_unary(self._inference.Tokenize, request, timeout))
+        return _messages.tokens(self._unary(self._inference.Tokenize, request, timeout))
 
     def detokenize(
         self,
@@ -296,7 +300,7 @@ class Client:
     ) -> str:
         """Turn token ids into text."""
         request = _messages.detokenize_request(model, token_ids, skip_special_tokens)
-        text: str = _unary(self._inference.Detokenize, request, timeout).text
+        text: str = self._unary(self._inference.Detokenize, request, timeout).text
         return text
 
     def models(self, *, timeout: float | None = None) -> list[Model]:
@@ -304,7 +308,7 @@ class Client:
         models: list[Model] = []
         request = model_service_pb2.ListModelsRequest(page_size=PAGE_SIZE)
         while True:
-            response = _unary(self._models.ListModels, request, timeout)
+            response = self._unary(self._models.ListModels, request, timeout)
             models += map(_messages.model, response.models)
             if not response.next_page_token:
                 return models
@@ -313,7 +317,7 @@ class Client:
     def model(self, name: str, *, timeout: float | None = None) -> Model:
         """Describe one model, "name" (its newest version) or "name/version"."""
         request = model_service_pb2.GetModelRequest(model=name)
-        return _messages.model(_unary(self._models.GetModel, request, timeout).model)
+        return _messages.model(self._unary(self._models.GetModel, request, timeout).model)
 
     def is_serving(self, name: str = READINESS, *, timeout: float | None = None) -> bool:
         """Ask the server's health: of the whole, or of one model as "model/" and its name.
@@ -321,7 +325,7 @@ class Client:
         Raises:
             AttendantError: no server answers, or it knows no such name.
         """
-        response = _unary(self._health.Check, health_pb2.HealthCheckRequest(service=name), timeout)
+        response = self._unary(self._health.Check, health_pb2.HealthCheckRequest(service=name), timeout)
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
     def close(self) -> None:
@@ -338,9 +342,8 @@ class Client:
         """Close the connection."""
         self.close()
 
-
-def _unary(method: Any, request: Any, timeout: float | None) -> Any:
-    try:
-        return method(request, timeout=timeout)
-    except grpc.RpcError as error:
-        raise from_rpc_error(error) from None
+    def _unary(self, method: Any, request: Any, timeout: float | None) -> Any:
+        try:
+            return method(request, timeout=timeout, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
