@@ -53,7 +53,7 @@ def flood(server, seed: int) -> None:
         return "".join(numbers.choices("abcdefghij-/_0123456789", k=numbers.randrange(1, 30)))
 
     for _ in range(30):
-        metadata = (("attendant-tenant", word()), ("x-" + str(numbers.randrange(10**6)), word()))
+        metadata = (("x-attendant-tenant", word()), ("x-" + str(numbers.randrange(10**6)), word()))
         for method, message in METHODS.items():
             for model in ("tiny-fp32", "tiny-fp32/1", word(), ""):
                 unlike = server.channel.unary_stream(
