@@ -201,14 +201,16 @@ class Bench:
         contender.results.append(Result(outcomes, padding, _since(stolen)))
 
     def predict(self, name: str, laws: Laws) -> Result:
-        """Return what the simulator makes of the mix, on a server that has answered the mix before."""
-        pause = 60.0
-        begun = [replace(arrival, budget_seconds=None) for arrival in self.arrivals]
-        later = max(arrival.arrival_seconds for arrival in begun) + pause
-        again = [replace(arrival, arrival_seconds=arrival.arrival_seconds + later) for arrival in self.arrivals]
-        run = simulate(machine(name, laws, self.overhead_seconds), [*begun, *again])
-        (effort,) = run.efforts
-        return Result(run.outcomes[len(begun) :], effort.padding_tokens / (effort.padding_tokens + effort.real_tokens))
+        """Return what the simulator makes of the mix, on a server that was saturated before, as the real one was."""
+        machine_of = machine(name, laws, self.overhead_seconds)
+        before = simulate(machine_of, self._at_once)
+        pause = before.seconds + 1.0
+        mix = [replace(arrival, arrival_seconds=arrival.arrival_seconds + pause) for arrival in self.arrivals]
+        run = simulate(machine_of, [*self._at_once, *mix])
+        (first,), (both,) = before.efforts, run.efforts
+        padding = both.padding_tokens - first.padding_tokens
+        real = both.real_tokens - first.real_tokens
+        return Result(run.outcomes[len(before.outcomes) :], padding / max(1, padding + real))
 
 
 def running(contenders: Sequence[Contender]) -> list[Served]:
