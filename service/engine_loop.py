@@ -8,11 +8,12 @@ Every stream ends in exactly one way: an item with `finish`, an `ExecutionFailed
 """
 
 import asyncio
+import logging
 import queue
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from attendant.bundle import Check, Manifest
@@ -33,6 +34,7 @@ from service.errors import (
     QueueFull,
 )
 from service.metrics import ModelMetrics
+from service.scheduling.canary import Canary, Verdict, is_replay
 from service.scheduling.config import SchedulerConfig
 from service.scheduling.latency import LatencyModel
 from service.scheduling.plan import (
@@ -54,6 +56,8 @@ from service.scheduling.work import Phase, Work, plan_work
 
 _FORECAST_SECONDS = 0.25  # between two looks at how long the queue is: it costs more than a scrape can show
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
@@ -67,6 +71,7 @@ class EngineOptions:
         idle_chunk_tokens: longest prefill chunk while nothing decodes.
         inter_token_target_seconds: between two tokens of a stream; it sizes the prefill chunks beside it, if not 0.
         ageing_seconds: in the queue, after which a request counts as one priority more urgent.
+        canary_rate: share of the greedy requests that are computed again, alone, when nothing else is to be done.
         idle_release_seconds: time without work before the memory of free slots is given back.
         threads: ONNX Runtime threads, shared by all bundles of the process.
     """
@@ -78,6 +83,7 @@ class EngineOptions:
     idle_chunk_tokens: int = 512
     inter_token_target_seconds: float = 0.05
     ageing_seconds: float = 10.0
+    canary_rate: float = 0.0
     idle_release_seconds: float = 300.0
     threads: int = 2
 
@@ -195,6 +201,9 @@ class EngineLoop(BundleThread):
         metrics.memory_is(self._scheduler.config.kv_budget, PAGE_POSITIONS, options.num_slots)
         self._queue_seconds = 0.0  # as foreseen when `_forecast_at` was last put off
         self._forecast_at = 0.0
+        # Only the CPU's kernels give the same bits in any batch.
+        self._canary = Canary(options.canary_rate if manifest.target == "cpu" else 0.0, self._judge)
+        self._has_differed = False
         self._streams: dict[str, TokenStream] = {}
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._last_finishes: deque[float] = deque(maxlen=16)
@@ -289,11 +298,42 @@ class EngineLoop(BundleThread):
         assert request.request_id not in self._streams, f"request {request.request_id} is already here"
         stream = self._streams[request.request_id] = TokenStream(self, request)
         self._idle.clear()
+        self._stop_replay()
+        self._canary.admit(request)
         self._commands.put(request)
         return stream
 
+    def tick(self) -> None:
+        """Replay a finished request if one is due and no bundle has anything to do; called about once a second."""
+        now = self.clock()
+        self._canary.expire(now)
+        if self._streams or not self._accepts or self._failure or self.num_active > 1:
+            return
+        replay = self._canary.next_replay(now)
+        if replay is not None:
+            self._commands.put(replay)
+
+    def _stop_replay(self) -> None:
+        """Give the processor back to those who wait for an answer; the replay is tried again later."""
+        replay_id = self._canary.interrupt()
+        if replay_id is not None:
+            self._commands.put(_Cancel(replay_id))
+
+    def _judge(self, verdict: Verdict) -> None:
+        self._metrics.replayed(verdict.result)
+        if verdict.result == "different" and not self._has_differed:
+            self._has_differed = True
+            logger.error(
+                "%s answers otherwise alone than it did among others: request %s, from token %s of the answer on; "
+                "further ones are counted only",
+                self.manifest.key,
+                verdict.request_id,
+                verdict.position,
+            )
+
     def _forget(self, request_id: str) -> None:
         if self._streams.pop(request_id, None) is not None:
+            self._canary.lose(request_id)
             self._commands.put(_Cancel(request_id))
             self._note_idle()
 
@@ -311,6 +351,10 @@ class EngineLoop(BundleThread):
 
     def _publish(self, plan: StepPlan, result: StepResult, events: list[Event], snapshot: Snapshot) -> None:
         """Hand a step's events to their streams and to the metrics; runs on the event loop."""
+        now = self.clock()
+        events = [event for event in events if not self._canary.hear(event, now)]
+        if self.num_active > 1:
+            self._stop_replay()
         for event in events:
             stream = self._streams.get(event.request.request_id)
             if isinstance(event, FailureEvent | ExpiryEvent | RefusalEvent):
@@ -344,6 +388,9 @@ class EngineLoop(BundleThread):
         return DeadlineExceeded(seconds=seconds, phase=event.phase, tokens=event.num_tokens)
 
     def _publish_occupancy(self, snapshot: Snapshot) -> None:
+        if any(is_replay(view.request_id) for view in snapshot.sequences):
+            views = tuple(view for view in snapshot.sequences if not is_replay(view.request_id))
+            snapshot = replace(snapshot, sequences=views)
         waiting = snapshot.num_waiting
         running = len(snapshot.sequences) - waiting
         predicted = self._queue_seconds if waiting else 0.0

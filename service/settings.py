@@ -119,6 +119,9 @@ class Settings(BaseSettings):
     max_message_bytes: ByteSize = Field(
         ByteSize(4 << 20), ge=1024, le=1 << 30, description="bytes of one gRPC message, either way"
     )
+    canary_rate: float = Field(
+        0.01, ge=0, le=1, description="share of finished greedy requests that are computed again, alone, and compared"
+    )
     restart_tries: int = Field(
         6, ge=0, le=1000, description="times in a row that a bundle is loaded again after its engine has failed"
     )

@@ -297,6 +297,42 @@ class WeakBundles:
         (directory / "manifest.json").write_text(json.dumps(manifest))
         rehash(directory)
 
+    def add_swayed(self, original: Path, rows: int) -> None:
+        """Make the bundle swayed/1, whose logits are others in steps of exactly so many rows, which no check tries."""
+        import json
+        import shutil
+
+        import numpy as np
+        import onnx
+        from onnx import TensorProto, helper, numpy_helper
+
+        directory = self.repository / "swayed" / "1"
+        shutil.copytree(original, directory)
+        path = directory / "step.onnx"
+        model = onnx.load(path)
+        graph = model.graph
+        last = next(node for node in graph.node if "logits" in node.output)
+        last.output[:] = ["sound_logits" if made == "logits" else made for made in last.output]
+        sway = np.random.default_rng(0).normal(size=320).astype(np.float32)
+        graph.initializer.append(numpy_helper.from_array(sway, "sway"))
+        graph.initializer.append(numpy_helper.from_array(np.array([rows]), "swaying_rows"))
+        graph.node.extend(
+            [
+                helper.make_node("Shape", ["lengths"], ["rows_now"]),
+                helper.make_node("Equal", ["rows_now", "swaying_rows"], ["sways"]),
+                helper.make_node("Cast", ["sways"], ["share"], to=TensorProto.FLOAT),
+                helper.make_node("Mul", ["sway", "share"], ["swayed"]),
+                helper.make_node("Add", ["sound_logits", "swayed"], ["logits"]),
+            ]
+        )
+        data = path.with_suffix(".onnx.data")
+        data.unlink()
+        onnx.save_model(model, path, save_as_external_data=True, location=data.name)
+        manifest = json.loads((directory / "manifest.json").read_text())
+        manifest["name"] = "swayed"
+        (directory / "manifest.json").write_text(json.dumps(manifest))
+        rehash(directory)
+
     def spoil(self, name: str) -> None:
         """Send every token out of bounds, in the file and so in the memory of who serves it."""
         import numpy as np
@@ -334,6 +370,7 @@ def weak_bundles(tiny_repository: Path, encoder_repository: Path, tmp_path: Path
     weak = WeakBundles(tmp_path / "weak")
     weak.add(tiny_repository / "tiny-fp32" / "1", "weak")
     weak.add(encoder_repository / "encoder-fp32" / "1", "weak-encoder")
+    weak.add_swayed(tiny_repository / "tiny-fp32" / "1", rows=3)
     for sound in (tiny_repository / "tiny-int8", encoder_repository / "encoder-int8"):
         (weak.repository / sound.name).symlink_to(sound)
     return weak

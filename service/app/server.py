@@ -29,7 +29,7 @@ from service.app.loading import choose, entry_of, load
 from service.app.start_error import StartError
 from service.bundle import FoundBundle, RefusedBundle, scan
 from service.encode_loop import EncodeOptions
-from service.engine_loop import EngineOptions
+from service.engine_loop import EngineLoop, EngineOptions
 from service.metrics import MetricsEndpoint, ModelState, Objectives, ServerMetrics
 from service.rpc.catalog import Entry, ModelCatalog, State
 from service.rpc.health import HealthService
@@ -174,6 +174,7 @@ class App:
             idle_chunk_tokens=settings.idle_chunk_tokens,
             inter_token_target_seconds=settings.inter_token_target_seconds,
             ageing_seconds=settings.ageing_seconds,
+            canary_rate=settings.canary_rate,
             idle_release_seconds=settings.idle_release_seconds,
             threads=settings.threads,
         )
@@ -223,6 +224,9 @@ class App:
         while True:
             self._last_beat = time.monotonic()
             self._refresh()
+            for model in self.catalog.served:
+                if isinstance(model.loop, EngineLoop):
+                    model.loop.tick()
             await asyncio.sleep(_WATCH_SECONDS)
             self.metrics.lag.observe(time.monotonic() - self._last_beat - _WATCH_SECONDS)
 

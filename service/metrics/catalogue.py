@@ -201,6 +201,12 @@ class Catalogue:
         self.loaded_timestamp = self._gauge(
             "model_loaded_timestamp_seconds", "When it became READY, in Unix time.", ("model",)
         )
+        self.replays = self._counter(
+            "canary_replays_total",
+            "Finished greedy requests computed once more, alone: to the same tokens, to different ones, or not at all, "
+            "because nothing was idle for a minute.",
+            ("model", "result"),
+        )
         self.restarts = self._counter(
             "model_restarts_total",
             "Times that a model was loaded again after it had failed, or could not be.",

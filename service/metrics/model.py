@@ -7,11 +7,12 @@ methods that happen while serving are called on the event loop.
 from collections.abc import Sequence
 from functools import partial
 from math import nan
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from service.errors import AttendantError
 from service.metrics.buckets import Objectives, SeqBuckets
 from service.metrics.histogram import Histogram, Observations
+from service.scheduling.canary import Result
 from service.scheduling.latency import LatencyModel
 from service.scheduling.work import Phase
 
@@ -54,6 +55,7 @@ def rejections() -> list[str]:
 
 
 RESTARTS = ("succeeded", "failed")
+REPLAYS: tuple[Result, ...] = get_args(Result)
 
 
 class ModelMetrics:
@@ -108,6 +110,7 @@ class ModelMetrics:
         return tuple(family.labels(self._model, *labels, bucket) for bucket in self._seq_buckets.labels)
 
     def _make_generating(self) -> None:
+        self._replays = {result: self._families.replays.labels(self._model, result) for result in REPLAYS}
         families, model = self._families, self._model
         self._time_to_first_token = self._by_length(families.time_to_first_token)
         self._inter_token_latency = self._by_length(families.inter_token_latency)
@@ -265,6 +268,10 @@ class ModelMetrics:
                 coefficient.set_function(partial(_coefficient, latency, phase, index))
             self._latency_error[phase].set_function(partial(_error, latency, phase))
             self._latency_observations[phase].set_function(partial(latency.observations, phase))
+
+    def replayed(self, result: Result) -> None:
+        """The canary has come to a verdict."""
+        self._replays[result].inc()
 
     # Its life
 

@@ -96,6 +96,7 @@ class Request:
     tenant: str = ""  # among whom the engine's time is shared
     arrival: float  # seconds of the engine's monotonic clock
     deadline: float | None = None  # the same clock
+    may_reuse: bool = True  # whether its prompt may begin with what another left behind
 
     @property
     def max_total_tokens(self) -> int:

@@ -301,7 +301,7 @@ class Scheduler:
         return self._forecast.joins(Due(sequence.load, _slack(sequence.request, now)), running)
 
     def _reuses_prefix(self, request: Request) -> bool:
-        return self.config.reuses_prefixes and request.source is None
+        return self.config.reuses_prefixes and request.source is None and request.may_reuse
 
     def _preferred(self, found: tuple[int, int] | None) -> int | None:
         """Return the free slot to begin in, or None to take the lowest.

@@ -11,8 +11,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from service.errors import QueueFull
-from service.rpc.health import HealthService
 from service.metrics import ServerMetrics
+from service.rpc.health import HealthService
 from service.rpc.registration import Context, handlers
 from service.rpc.status import UNKNOWN_FAULT
 
