@@ -33,6 +33,7 @@ def test_every_field_is_described_and_is_a_flag_and_a_variable(monkeypatch: pyte
         "max_message_bytes": ("8MiB", 8 << 20),
         "seq_buckets": ("16, 32", (16, 32)),
         "state_dir": ("kept", Path("kept")),
+        "canary_rate": ("0.5", 0.5),
         "reflection": ("false", False),
         "log_level": ("debug", "debug"),
     }
