@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -23,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{error}\n`python -m service --help` lists the settings", file=sys.stderr)
         return USAGE_ERROR
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # ONNX Runtime would report its use to its makers; it asks once, when it is loaded.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     # Loading the runtime takes a second that wrong settings need not wait for.
     from service.app import StartError, serve  # noqa: PLC0415
 

@@ -157,3 +157,12 @@ def test_a_signal_while_loading_ends_the_server(start) -> None:
     server.signal()
     assert server.wait() == 0
     assert "Traceback" not in server.log.read_text()
+
+
+def test_a_server_leaves_nothing_in_the_home_directory(start, monkeypatch, tmp_path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    start("--models", "tiny-fp32").wait_ready()
+    assert not list(home.rglob("*")), "ONNX Runtime keeps an identifier there where it may report its use"
