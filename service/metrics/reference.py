@@ -20,8 +20,8 @@ _HEAD = """# Metrics
 
 `http://<host>:8002/metrics`, in Prometheus' text format or OpenMetrics, by what the scraper asks for. The same port
 answers `/healthz` (no engine is stuck, the event loop turns) and `/readyz` (requests are welcome), and `/` with a page
-for people. It has threads of its own, which share the interpreter with the event loop: a scrape may hold up a token for the
-5 ms after which Python changes threads.
+for people. It has threads of its own, which share the interpreter with the event loop: a scrape may hold up a token for
+the 5 ms after which Python changes threads.
 
 `model` is the full name, "name/version", of a bundle of the repository; calls that name anything else count under
 `_unknown`, so no request can make a series. Everything about a model exists from the moment it begins to load, so rates
