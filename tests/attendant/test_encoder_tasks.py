@@ -62,3 +62,15 @@ async def test_the_asyncio_client_answers_as_the_synchronous_one(client, address
         assert await other.tag("a", model="m") == client.tag("a", model="m")
         assert await other.fill_mask("a", model="m") == client.fill_mask("a", model="m")
         assert await other.rerank("a", ["b"], model="m") == client.rerank("a", ["b"], model="m")
+
+
+def test_every_task_says_how_urgent_it_is(client, script):
+    urgent = {"priority": 7, "latency_budget": 1.5, "truncate": True}
+    client.embed("a", model="m", **urgent)
+    client.classify("a", model="m", **urgent)
+    client.tag("a", model="m", **urgent)
+    client.fill_mask("a", model="m", **urgent)
+    client.rerank("q", ["a"], model="m", **urgent)
+    assert len(script.requests) == 5
+    for request in script.requests:
+        assert (request.priority, request.latency_budget.ToMilliseconds(), request.truncate) == (7, 1500, True)
