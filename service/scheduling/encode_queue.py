@@ -10,7 +10,7 @@ Nothing is known here of threads, tensors or clients, and the only clock is the 
 thread-safe.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from math import inf
@@ -54,9 +54,13 @@ class Waiting(Generic[Owner]):
     tenant: str = ""
     left: list[int] = field(init=False)
     joined: int = field(init=False, default=0)
+    tokens_left: int = field(init=False)
+    attended_left: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.left = list(range(len(self.lengths)))
+        self.tokens_left = sum(self.lengths)
+        self.attended_left = sum(length * length for length in self.lengths)
 
     @property
     def due(self) -> float:
@@ -65,7 +69,13 @@ class Waiting(Generic[Owner]):
 
     def seconds_left(self, cost: BatchCost) -> float:
         """Return the least time in which all that waits can be read: in one batch without padding."""
-        return cost.run + sum(cost.of_row(self.lengths[index]) for index in self.left)
+        return cost.run + self.tokens_left * cost.token + self.attended_left * cost.attended
+
+    def take(self, indices: Collection[int]) -> None:
+        """Have these wait no longer."""
+        self.left = [index for index in self.left if index not in indices]
+        self.tokens_left -= sum(self.lengths[index] for index in indices)
+        self.attended_left -= sum(self.lengths[index] ** 2 for index in indices)
 
 
 Place = tuple[Waiting[Owner], int]
@@ -106,9 +116,9 @@ class EncodeQueue(Generic[Owner]):
 
     def backlog(self, cost: BatchCost | None) -> tuple[int, float]:
         """Return the tokens that wait, and the seconds that they take at least; 0 while that is not known."""
-        lengths = [call.lengths[index] for call, index in _places(self._calls)]
-        rows = 0.0 if cost is None else sum(map(cost.of_row, lengths))
-        return sum(lengths), rows
+        waiting = [call for call in self._calls if call.left]
+        seconds = 0.0 if cost is None else sum(call.seconds_left(cost) - cost.run for call in waiting)
+        return sum(call.tokens_left for call in waiting), seconds
 
     def waiting_lengths(self) -> list[int]:
         """Return the lengths of the texts that wait, up to `MAX_CANDIDATES` of them."""
@@ -164,7 +174,7 @@ class EncodeQueue(Generic[Owner]):
         for call, index in batch:
             taken.setdefault(call, set()).add(index)
         for call, indices in taken.items():
-            call.left = [index for index in call.left if index not in indices]
+            call.take(indices)
         return batch
 
     def _choose(

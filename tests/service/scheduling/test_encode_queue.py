@@ -53,6 +53,8 @@ def test_every_text_runs_exactly_once_within_the_limits(cost, seed):
         assert padded - sum(lengths) <= limits.max_padding * padded
         run += batch
         queue.charge(batch, 0.1)
+        left = [call.lengths[index] for call in here if call not in cancelled for index in call.left]
+        assert queue.backlog(COST) == (sum(left), pytest.approx(sum(map(COST.of_row, left))))
     while batch := queue.next_batch(now, cost):
         run += batch
     assert len(set(run)) == len(run)
