@@ -309,6 +309,7 @@ class EncodeLoop(BundleThread):
 
     def _discard(self) -> None:
         del self._graph, self._probe
+        self._metrics.queue(0, 0)
 
     # The encoder's thread
 

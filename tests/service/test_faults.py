@@ -11,8 +11,8 @@ import pytest
 
 from service.bundle import FoundBundle, scan
 from service.bundle_thread import BundleThread
-from service.encode_loop import EncodeLoop, EncodeOptions
-from service.engine.encode_graph import Item
+from service.encode_loop import EncodeCall, EncodeLoop, EncodeOptions, Urgency
+from service.engine.encode_graph import Array, Item
 from service.engine.step_graph import StepGraph
 from service.engine_loop import EngineLoop, EngineOptions, TokenStream
 from service.errors import ExecutionFailed, ModelUnavailable
@@ -71,6 +71,11 @@ async def read(stream: TokenStream) -> tuple[list[Token], Finish | None]:
     return tokens, finish
 
 
+async def encode(loop: EncodeLoop, item: Item) -> EncodeCall[Array]:
+    call = loop.submit([item], lambda array: array.copy(), Urgency(arrival=loop.clock()))
+    return await loop.result(call)
+
+
 @pytest.mark.parametrize("way", ["prefill", "decode", "beam"])
 @pytest.mark.parametrize("kind", ["raising", "nan"])
 async def test_a_row_that_fails_ends_alone_and_its_neighbours_keep_their_bits(
@@ -106,15 +111,12 @@ async def test_a_text_that_fails_fails_alone(encode_loop: EncodeLoop, weak_bundl
     sound = Item(length=6, token_ids=(2, 20, 21, 22, 23, 3))
     for token in (weak_bundles.raising_token, weak_bundles.nan_token):
         fatal = Item(length=6, token_ids=(2, 20, token, 22, 23, 3))
-        calls = [
-            encode_loop.encode([item], lambda array: array.copy(), encode_loop.clock())
-            for item in (sound, fatal, sound)
-        ]
+        calls = [encode(encode_loop, item) for item in (sound, fatal, sound)]
         first, failed, second = await asyncio.gather(*calls, return_exceptions=True)
         assert isinstance(failed, ExecutionFailed)
         assert (first.results[0] == second.results[0]).all()
         with pytest.raises(ExecutionFailed):
-            await encode_loop.encode([fatal], lambda array: array, encode_loop.clock())
+            await encode(encode_loop, fatal)
     assert encode_loop.healthy
 
 
@@ -142,10 +144,10 @@ async def test_an_encoder_that_fails_whatever_it_is_given_ends_with_every_call_t
     item = Item(length=4, token_ids=(2, 20, 21, 3))
     weak_bundles.spoil("weak-encoder")
     with pytest.raises(ModelUnavailable, match="fails whatever"):
-        await encode_loop.encode([item], lambda array: array, encode_loop.clock())
+        await encode(encode_loop, item)
     assert "whatever it is given" in await encode_loop.wait_failed()
     with pytest.raises(ModelUnavailable):
-        await encode_loop.encode([item], lambda array: array, encode_loop.clock())
+        await encode(encode_loop, item)
 
 
 async def test_a_fault_of_ours_ends_the_engine_too(engine_loop: EngineLoop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +180,7 @@ async def test_a_failed_thread_holds_neither_session_nor_memory(
             if isinstance(loop, EngineLoop):
                 await read(loop.submit(make_request("any")))
             else:
-                await loop.encode([Item(length=3, token_ids=(2, 20, 3))], lambda array: array, loop.clock())
+                await encode(loop, Item(length=3, token_ids=(2, 20, 3)))
         await loop.close()
         assert graph() is None
     finally:

@@ -11,7 +11,7 @@ from service.app.backoff import Backoff
 from service.app.bundle_keeper import BundleKeeper, Stage
 from service.app.loading import load
 from service.bundle import FoundBundle, scan
-from service.encode_loop import EncodeOptions
+from service.encode_loop import EncodeOptions, Urgency
 from service.engine.encode_graph import Item
 from service.engine_loop import EngineLoop, EngineOptions
 from service.errors import ModelUnavailable
@@ -159,7 +159,8 @@ async def test_a_model_that_cannot_be_loaded_again_is_given_up_with_the_reason(s
     encoder = site.entry("weak-encoder").served.loop
     weak_bundles.spoil("weak-encoder")
     with pytest.raises(ModelUnavailable):
-        await encoder.encode([Item(length=3, token_ids=(2, 20, 3))], lambda array: array, encoder.clock())
+        item = Item(length=3, token_ids=(2, 20, 3))
+        await encoder.result(encoder.submit([item], lambda array: array, Urgency(arrival=encoder.clock())))
     await site.until(lambda: site.entry("weak-encoder").state is State.UNAVAILABLE)
     assert not site.health[-1]["liveness"], "nothing is left that could ever serve"
     assert not site.health[-1]["readiness"]
