@@ -26,7 +26,7 @@ the 5 ms after which Python changes threads.
 `model` is the full name, "name/version", of a bundle of the repository; calls that name anything else count under
 `_unknown`, so no request can make a series. Everything about a model exists from the moment it begins to load, so rates
 start at zero; other codes and tasks than a model's own appear with the first such call, from a closed list. One model
-makes about 1,200 series; a test keeps it under 1,500 whatever clients send.
+makes about 1,270 series; a test keeps it under 1,500 whatever clients send.
 
 With OpenMetrics (`Accept: application/openmetrics-text`, which Prometheus sends; it keeps them with
 `--enable-feature=exemplar-storage`) the buckets of latencies carry an exemplar, the `request_id` of the newest request
