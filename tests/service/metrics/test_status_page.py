@@ -204,3 +204,12 @@ def test_nothing_measured_is_no_plot_and_one_range_of_lengths_is_one() -> None:
 def test_the_catalogue_has_every_metric_that_views_look_at(metrics: ServerMetrics) -> None:
     names = {sample.name for family in metrics.registry.collect() for sample in family.samples}
     assert set(METRICS) <= names
+
+
+@pytest.mark.slow
+def test_a_complaint_of_the_browser_would_have_been_seen(visit, tmp_path) -> None:
+    """The check of the console has teeth: a style that the policy of a page forbids."""
+    page = tmp_path / "page.html"
+    policy = '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'">'
+    page.write_text(f"<!doctype html><html><head>{policy}<style>p {{ color: red }}</style></head><body></body></html>")
+    assert "Content Security Policy" in " ".join(visit(page.as_uri(), "--dump-dom").console)
