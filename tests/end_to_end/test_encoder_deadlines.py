@@ -27,14 +27,14 @@ def embed(server, *inputs: pb.EmbedInput, budget: float | None = None, **fields:
     request = pb.EmbedRequest(model="encoder-fp32", inputs=inputs, **fields)
     if budget is not None:
         request.latency_budget.FromNanoseconds(round(budget * 1e9))
-    return server.inference.Embed.future(request, timeout=60)
+    return server.inference.Embed.future(request, timeout=600)
 
 
 @pytest.fixture
 def backlog(server, eventually):
     """Calls that take a while, long enough for another to come meanwhile."""
-    calls = [embed(server, *[LONG] * 256) for _ in range(24)]
-    eventually(lambda: server.value("attendant_requests_waiting", **MODEL) >= 16)
+    calls = [embed(server, *[LONG] * 256) for _ in range(16)]
+    eventually(lambda: server.value("attendant_requests_waiting", **MODEL) >= 8)
     yield calls
     for call in calls:
         call.cancel()
