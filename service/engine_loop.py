@@ -1,13 +1,10 @@
-"""One bundle's engine thread, and the streams through which the event loop talks to it.
+"""One bundle's engine thread, and how the event loop talks to it.
 
 The event loop submits and cancels; the engine thread owns the scheduler and the engine and runs `schedule`, `execute`,
 `update` for ever; all that a step produced crosses back in one `call_soon_threadsafe`. Neither side waits for the
 other: a stream nobody reads costs its answer's tokens in memory, bounded by max_tokens, and nothing else.
-
-Every stream ends in exactly one way: an item with `finish`, an `ExecutionFailed`, or its own `cancel`.
 """
 
-import asyncio
 import logging
 import queue
 import time
@@ -48,11 +45,12 @@ from service.scheduling.plan import (
     StepResult,
     TokenEvent,
 )
-from service.scheduling.request import Finish, Request, Token
+from service.scheduling.request import Request
 from service.scheduling.scheduler import Scheduler
 from service.scheduling.sequence import Snapshot
 from service.scheduling.slots import PAGE_POSITIONS
 from service.scheduling.work import Phase, Work, plan_work
+from service.token_stream import TokenStream
 
 _FORECAST_SECONDS = 0.25  # between two looks at how long the queue is: it costs more than a scrape can show
 
@@ -86,83 +84,6 @@ class EngineOptions:
     canary_rate: float = 0.0
     idle_release_seconds: float = 300.0
     threads: int = 2
-
-
-@dataclass(frozen=True, slots=True)
-class StepTokens:
-    """What a stream got since it was last read, oldest first; with `finish` there is no more.
-
-    A beam search has no tokens of its own: its answers are in `finish`.
-    """
-
-    tokens: tuple[Token, ...]
-    finish: Finish | None
-
-
-class TokenStream:
-    """The tokens of one request, on the event loop: an async iterator of `StepTokens`.
-
-    `queue_seconds`, `prefill_seconds` and `cached_tokens` of the prompt are known from the first token on.
-    """
-
-    def __init__(self, engine_loop: "EngineLoop", request: Request) -> None:
-        self.request = request
-        self.queue_seconds = 0.0
-        self.prefill_seconds = 0.0
-        self.cached_tokens = 0
-        self._engine_loop = engine_loop
-        self._tokens: list[Token] = []
-        self._finish: Finish | None = None
-        self._error: AttendantError | None = None
-        self._ended = False
-        self._waiter: asyncio.Future[None] | None = None
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> StepTokens:
-        """Wait for tokens.
-
-        Raises:
-            ExecutionFailed: the graph failed on this request.
-            DeadlineExceeded: its time is over.
-            DeadlineUnreachable: its time would be over before it was finished.
-            Draining: the server stopped before the request was finished.
-        """
-        while not (self._tokens or self._finish or self._error or self._ended):
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        if self._tokens or self._finish:
-            item = StepTokens(tuple(self._tokens), self._finish)
-            self._tokens, self._finish = [], None
-            self._ended = self._ended or item.finish is not None
-            return item
-        if self._error is not None and not self._ended:
-            self._ended = True
-            raise self._error
-        raise StopAsyncIteration
-
-    def cancel(self) -> None:
-        """Give the request up; its slot is free before the next step. Does nothing once the request has ended."""
-        self._ended = True
-        self._engine_loop._forget(self.request.request_id)
-        self._wake()
-
-    def _deliver(self, event: TokenEvent | SearchEvent) -> None:
-        if isinstance(event, TokenEvent):
-            self._tokens.append(event.token)
-        self.queue_seconds, self.prefill_seconds = event.queue_seconds, event.prefill_seconds
-        self.cached_tokens = event.cached_tokens
-        self._finish = event.finish
-        self._wake()
-
-    def _fail(self, error: AttendantError) -> None:
-        self._error = error
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,7 +217,7 @@ class EngineLoop(BundleThread):
                 {"requests": str(len(self._streams)), "max_requests": str(limit)},
             )
         assert request.request_id not in self._streams, f"request {request.request_id} is already here"
-        stream = self._streams[request.request_id] = TokenStream(self, request)
+        stream = self._streams[request.request_id] = TokenStream(request, self._forget)
         self._idle.clear()
         self._stop_replay()
         self._canary.admit(request)
@@ -360,14 +281,14 @@ class EngineLoop(BundleThread):
             if isinstance(event, FailureEvent | ExpiryEvent | RefusalEvent):
                 if stream is not None:
                     del self._streams[event.request.request_id]
-                    stream._fail(self._error(event))
+                    stream.fail(self._error(event))
                 continue
             self._observe(event)
             if stream is not None:
                 if event.finish is not None:
                     del self._streams[event.request.request_id]
                     self._last_finishes.append(self.clock())
-                stream._deliver(event)
+                stream.deliver(event)
         self._metrics.generated(sum(map(_num_tokens, events)))
         self._measure(plan, result)
         self._publish_occupancy(snapshot)
@@ -440,7 +361,7 @@ class EngineLoop(BundleThread):
 
     def _end_all(self, error: AttendantError) -> None:
         for stream in self._streams.values():
-            stream._fail(error)
+            stream.fail(error)
         self._streams.clear()
         self._note_idle()
 

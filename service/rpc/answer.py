@@ -1,10 +1,10 @@
 """From tokens to the messages of one answer: text that never ends inside a character or a stop string."""
 
 from attendant.v1 import generation_pb2 as pb
-from service.engine_loop import StepTokens
 from service.rpc.convert import Options
 from service.scheduling.request import FinishReason, Token
 from service.text import StopStrings, TextCodec
+from service.token_stream import StepTokens
 
 _WIRE_REASON = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,

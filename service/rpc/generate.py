@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import grpc
 
 from attendant.v1 import generation_pb2 as pb
-from service.engine_loop import EngineLoop, TokenStream
+from service.engine_loop import EngineLoop
 from service.errors import AttendantError, DeadlineExceeded, DeadlineUnreachable, InvalidField, TextTooLong
 from service.metrics import ServerMetrics
 from service.rpc.alignment import Alignment
@@ -31,6 +31,7 @@ from service.rpc.status import to_duration
 from service.rpc.urgency import tenant_of
 from service.rpc.workers import TextWorkers
 from service.scheduling.request import Finish, Source
+from service.token_stream import TokenStream
 
 
 @dataclass(slots=True)

@@ -8,11 +8,12 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from service.bundle import FoundBundle, scan
-from service.engine_loop import EngineLoop, EngineOptions, TokenStream
+from service.engine_loop import EngineLoop, EngineOptions
 from service.errors import Draining
 from service.metrics import ServerMetrics
 from service.scheduling.canary import is_replay
 from service.scheduling.request import Beam, Request, SamplingParams, Token
+from service.token_stream import TokenStream
 
 OPTIONS = EngineOptions(num_slots=6, kv_memory=8 << 20, prefill_chunk_tokens=16, idle_chunk_tokens=32, canary_rate=1.0)
 

@@ -10,11 +10,12 @@ import pytest
 
 from service.bundle import FoundBundle
 from service.engine.step_graph import StepGraph
-from service.engine_loop import EngineLoop, EngineOptions, TokenStream
+from service.engine_loop import EngineLoop, EngineOptions
 from service.errors import ContextLengthExceeded, Draining, ExecutionFailed, QueueFull
 from service.metrics import ServerMetrics
 from service.scheduling.invariants import violations
 from service.scheduling.request import Finish, FinishReason, Request, SamplingParams, Token
+from service.token_stream import TokenStream
 
 OPTIONS = EngineOptions(
     num_slots=8, max_waiting_requests=64, kv_memory=8 << 20, prefill_chunk_tokens=16, idle_chunk_tokens=32

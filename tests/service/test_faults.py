@@ -14,10 +14,11 @@ from service.bundle_thread import BundleThread
 from service.encode_loop import EncodeCall, EncodeLoop, EncodeOptions, Urgency
 from service.engine.encode_graph import Array, Item
 from service.engine.step_graph import StepGraph
-from service.engine_loop import EngineLoop, EngineOptions, TokenStream
+from service.engine_loop import EngineLoop, EngineOptions
 from service.errors import ExecutionFailed, ModelUnavailable
 from service.metrics import ServerMetrics
 from service.scheduling.request import Beam, Finish, Request, SamplingParams, Token
+from service.token_stream import TokenStream
 
 OPTIONS = EngineOptions(num_slots=4, kv_memory=8 << 20, prefill_chunk_tokens=16, idle_chunk_tokens=16)
 

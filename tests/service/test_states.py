@@ -13,10 +13,11 @@ from attendant.bundle import StateRule
 from models.generate import greedy
 from service.bundle import FoundBundle
 from service.engine.step_graph import StepGraph
-from service.engine_loop import EngineLoop, EngineOptions, TokenStream
+from service.engine_loop import EngineLoop, EngineOptions
 from service.errors import ExecutionFailed
 from service.metrics import ServerMetrics
 from service.scheduling.request import Beam, Finish, Request, SamplingParams, Token
+from service.token_stream import TokenStream
 
 RULES = ("append", "window", "ring", "replace")
 CONSTANT = ("window", "ring", "replace")

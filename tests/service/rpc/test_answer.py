@@ -6,11 +6,11 @@ import pytest
 
 from attendant.bundle import Manifest
 from attendant.v1 import generation_pb2 as pb
-from service.engine_loop import StepTokens
 from service.rpc.answer import Answer
 from service.rpc.convert import Options, read_options
 from service.scheduling.request import Finish, FinishReason, Token
 from service.text import TextCodec
+from service.token_stream import StepTokens
 
 TEXT = "The quick brown fox — grüße, 日本語 👩‍👩‍👧 — jumps over the lazy dog."
 LENGTH = Finish(reason=FinishReason.LENGTH, queue_seconds=0, prefill_seconds=0, decode_seconds=0)
