@@ -18,7 +18,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from attendant import AsyncClient, Client
 from attendant._latency import latency_table
-from attendant._terminal import duration, visible
+from attendant._terminal import visible
+from attendant.telemetry import duration
 
 MODEL = "smollm2-135m"
 QUESTION = "Explain in three sentences what attention means in a neural network."
