@@ -46,11 +46,11 @@ class Watched:
         return Request(request_id=name, max_tokens=max_tokens, arrival=self.loop.clock(), **settings)
 
     async def until(self, holds: Callable[[], bool]) -> None:
-        """Tick, and let events come, until something holds."""
+        """Tick, and let events come, until something holds; between looks the engine's thread has the interpreter."""
         async with asyncio.timeout(60):
             while not holds():
                 self.loop.tick()
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.001)
 
 
 async def read(stream: TokenStream) -> list[Token]:
