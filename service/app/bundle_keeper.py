@@ -10,10 +10,11 @@ import gc
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from attendant.bundle import BundleError
 from service.app.backoff import Backoff
+from service.app.device_certificate import CertificateStore
 from service.app.latency_store import LatencyStore
 from service.app.loading import entry_of
 from service.bundle import BundleRefused, FoundBundle
@@ -33,6 +34,7 @@ class Stage:
         metrics: where restarts are counted.
         threads: of those that are served.
         store: keeps what was learned of latency, if there is a place for it.
+        certificates: keeps what was measured at the first load on this device, if there is a place for it.
         announce: told in one line what came of each.
         refresh: works out every health status anew.
     """
@@ -41,6 +43,7 @@ class Stage:
     metrics: ServerMetrics
     threads: list[BundleThread]
     store: LatencyStore | None
+    certificates: CertificateStore | None = None
     announce: Callable[[str], None]
     refresh: Callable[[], None]
 
@@ -127,6 +130,9 @@ class BundleKeeper:
             latency.restore(self._learned)
         elif stage.store is not None:
             await asyncio.to_thread(stage.store.restore, self._bundle, latency)
+        if stage.certificates is not None:
+            certificate = await asyncio.to_thread(stage.certificates.certify, self._bundle, served.loop.checks)
+            served = replace(served, certificate=certificate)
         served.loop.start(stage.threads)
         stage.catalog.put(entry_of(self._bundle, State.READY, served=served))
         served.metrics.latency(latency)

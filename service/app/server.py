@@ -23,6 +23,7 @@ from grpc_reflection.v1alpha import reflection
 from attendant.v1 import inference_service_pb2, model_service_pb2
 from service.app.backoff import Backoff
 from service.app.bundle_keeper import BundleKeeper, Stage
+from service.app.device_certificate import open_certificates
 from service.app.latency_store import LatencyStore
 from service.app.listening import build_server, open_grpc_port, open_metrics_port
 from service.app.loading import choose, entry_of, load
@@ -79,6 +80,7 @@ class App:
             metrics=self.metrics,
             threads=[],
             store=self._store,
+            certificates=open_certificates(settings.state_dir, settings.provider),
             announce=announce,
             refresh=self._refresh,
         )

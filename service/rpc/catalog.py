@@ -2,10 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from enum import Enum
 
+from attendant.bundle import Check
 from service.bundle import FoundBundle
 from service.encode_loop import EncodeLoop
+from service.engine.device_identity import DeviceIdentity
 from service.engine.explain_graph import ExplainGraph
 from service.engine_loop import EngineLoop
 from service.errors import InvalidField, ModelNotFound, ModelUnavailable, Unsupported
@@ -32,11 +35,20 @@ class State(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceCertificate:
+    """What was measured when a bundle was first loaded on a device, and when that was."""
+
+    device: DeviceIdentity
+    certified_at: datetime
+    checks: tuple[Check, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
     """All that answering for one bundle takes.
 
     `text` is None if it has no vocabulary, `source_text` if it does not write about texts, `explain_graph` if there is
-    none.
+    none, `certificate` if there is no directory to keep one in.
     """
 
     found: FoundBundle
@@ -46,6 +58,7 @@ class ServedModel:
     explain_graph: ExplainGraph | None = None
     metrics: ModelMetrics
     load_seconds: float
+    certificate: DeviceCertificate | None = None
 
     @property
     def key(self) -> str:

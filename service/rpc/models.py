@@ -80,6 +80,9 @@ def describe(entry: Entry) -> pb.Model:
     if entry.served is not None:
         model.load_seconds = entry.served.load_seconds
         checks += entry.served.loop.checks
+        if (certificate := entry.served.certificate) is not None:
+            model.certified_on = certificate.device.name
+            model.certified_at.FromDatetime(certificate.certified_at)
     model.checks.extend(
         pb.Check(name=check.name, measured=check.measured, bound=check.bound, grid=check.grid) for check in checks
     )

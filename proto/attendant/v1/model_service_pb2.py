@@ -22,29 +22,30 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n attendant/v1/model_service.proto\x12\x0c\x61ttendant.v1\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"R\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.attendant.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.attendant.v1.Model\"\x96\x03\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.attendant.v1.ModelState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x05 \x01(\t\x12\r\n\x05tasks\x18\x06 \x03(\t\x12\x11\n\tprecision\x18\x07 \x01(\t\x12\x15\n\rmax_model_len\x18\x08 \x01(\x05\x12\x12\n\nvocab_size\x18\t \x01(\x05\x12\x19\n\x11has_chat_template\x18\n \x01(\x08\x12\x15\n\rbundle_sha256\x18\x0b \x01(\t\x12\x0e\n\x06source\x18\x0c \x01(\t\x12\x0f\n\x07licence\x18\r \x01(\t\x12\x14\n\x0cload_seconds\x18\x0e \x01(\x01\x12#\n\x06\x63hecks\x18\x0f \x03(\x0b\x32\x13.attendant.v1.Check\x12\r\n\x05reads\x18\x10 \x01(\t\x12\x16\n\x0emax_source_len\x18\x11 \x01(\x05\x12\x0e\n\x06labels\x18\x12 \x03(\t\x12\x13\n\x0bimage_shape\x18\x13 \x03(\x05\"D\n\x05\x43heck\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08measured\x18\x02 \x01(\x01\x12\r\n\x05\x62ound\x18\x03 \x01(\x01\x12\x0c\n\x04grid\x18\x04 \x01(\t*v\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x1b\n\x17MODEL_STATE_UNAVAILABLE\x10\x03\x32\xaa\x01\n\x0cModelService\x12O\n\nListModels\x12\x1f.attendant.v1.ListModelsRequest\x1a .attendant.v1.ListModelsResponse\x12I\n\x08GetModel\x12\x1d.attendant.v1.GetModelRequest\x1a\x1e.attendant.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n attendant/v1/model_service.proto\x12\x0c\x61ttendant.v1\x1a\x1fgoogle/protobuf/timestamp.proto\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"R\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.attendant.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.attendant.v1.Model\"\xde\x03\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.attendant.v1.ModelState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x05 \x01(\t\x12\r\n\x05tasks\x18\x06 \x03(\t\x12\x11\n\tprecision\x18\x07 \x01(\t\x12\x15\n\rmax_model_len\x18\x08 \x01(\x05\x12\x12\n\nvocab_size\x18\t \x01(\x05\x12\x19\n\x11has_chat_template\x18\n \x01(\x08\x12\x15\n\rbundle_sha256\x18\x0b \x01(\t\x12\x0e\n\x06source\x18\x0c \x01(\t\x12\x0f\n\x07licence\x18\r \x01(\t\x12\x14\n\x0cload_seconds\x18\x0e \x01(\x01\x12#\n\x06\x63hecks\x18\x0f \x03(\x0b\x32\x13.attendant.v1.Check\x12\r\n\x05reads\x18\x10 \x01(\t\x12\x16\n\x0emax_source_len\x18\x11 \x01(\x05\x12\x0e\n\x06labels\x18\x12 \x03(\t\x12\x13\n\x0bimage_shape\x18\x13 \x03(\x05\x12\x14\n\x0c\x63\x65rtified_on\x18\x14 \x01(\t\x12\x30\n\x0c\x63\x65rtified_at\x18\x15 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"D\n\x05\x43heck\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08measured\x18\x02 \x01(\x01\x12\r\n\x05\x62ound\x18\x03 \x01(\x01\x12\x0c\n\x04grid\x18\x04 \x01(\t*v\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x1b\n\x17MODEL_STATE_UNAVAILABLE\x10\x03\x32\xaa\x01\n\x0cModelService\x12O\n\nListModels\x12\x1f.attendant.v1.ListModelsRequest\x1a .attendant.v1.ListModelsResponse\x12I\n\x08GetModel\x12\x1d.attendant.v1.GetModelRequest\x1a\x1e.attendant.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'attendant.v1.model_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODELSTATE']._serialized_start=763
-  _globals['_MODELSTATE']._serialized_end=881
-  _globals['_LISTMODELSREQUEST']._serialized_start=50
-  _globals['_LISTMODELSREQUEST']._serialized_end=108
-  _globals['_LISTMODELSRESPONSE']._serialized_start=110
-  _globals['_LISTMODELSRESPONSE']._serialized_end=192
-  _globals['_GETMODELREQUEST']._serialized_start=194
-  _globals['_GETMODELREQUEST']._serialized_end=226
-  _globals['_GETMODELRESPONSE']._serialized_start=228
-  _globals['_GETMODELRESPONSE']._serialized_end=282
-  _globals['_MODEL']._serialized_start=285
-  _globals['_MODEL']._serialized_end=691
-  _globals['_CHECK']._serialized_start=693
-  _globals['_CHECK']._serialized_end=761
-  _globals['_MODELSERVICE']._serialized_start=884
-  _globals['_MODELSERVICE']._serialized_end=1054
+  _globals['_MODELSTATE']._serialized_start=868
+  _globals['_MODELSTATE']._serialized_end=986
+  _globals['_LISTMODELSREQUEST']._serialized_start=83
+  _globals['_LISTMODELSREQUEST']._serialized_end=141
+  _globals['_LISTMODELSRESPONSE']._serialized_start=143
+  _globals['_LISTMODELSRESPONSE']._serialized_end=225
+  _globals['_GETMODELREQUEST']._serialized_start=227
+  _globals['_GETMODELREQUEST']._serialized_end=259
+  _globals['_GETMODELRESPONSE']._serialized_start=261
+  _globals['_GETMODELRESPONSE']._serialized_end=315
+  _globals['_MODEL']._serialized_start=318
+  _globals['_MODEL']._serialized_end=796
+  _globals['_CHECK']._serialized_start=798
+  _globals['_CHECK']._serialized_end=866
+  _globals['_MODELSERVICE']._serialized_start=989
+  _globals['_MODELSERVICE']._serialized_end=1159
 # @@protoc_insertion_point(module_scope)

@@ -1,3 +1,6 @@
+import datetime
+
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -47,7 +50,7 @@ class GetModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "state", "reason", "family", "tasks", "precision", "max_model_len", "vocab_size", "has_chat_template", "bundle_sha256", "source", "licence", "load_seconds", "checks", "reads", "max_source_len", "labels", "image_shape")
+    __slots__ = ("name", "version", "state", "reason", "family", "tasks", "precision", "max_model_len", "vocab_size", "has_chat_template", "bundle_sha256", "source", "licence", "load_seconds", "checks", "reads", "max_source_len", "labels", "image_shape", "certified_on", "certified_at")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -67,6 +70,8 @@ class Model(_message.Message):
     MAX_SOURCE_LEN_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     IMAGE_SHAPE_FIELD_NUMBER: _ClassVar[int]
+    CERTIFIED_ON_FIELD_NUMBER: _ClassVar[int]
+    CERTIFIED_AT_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     state: ModelState
@@ -86,7 +91,9 @@ class Model(_message.Message):
     max_source_len: int
     labels: _containers.RepeatedScalarFieldContainer[str]
     image_shape: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., state: _Optional[_Union[ModelState, str]] = ..., reason: _Optional[str] = ..., family: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., precision: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., has_chat_template: _Optional[bool] = ..., bundle_sha256: _Optional[str] = ..., source: _Optional[str] = ..., licence: _Optional[str] = ..., load_seconds: _Optional[float] = ..., checks: _Optional[_Iterable[_Union[Check, _Mapping]]] = ..., reads: _Optional[str] = ..., max_source_len: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., image_shape: _Optional[_Iterable[int]] = ...) -> None: ...
+    certified_on: str
+    certified_at: _timestamp_pb2.Timestamp
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., state: _Optional[_Union[ModelState, str]] = ..., reason: _Optional[str] = ..., family: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., precision: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., has_chat_template: _Optional[bool] = ..., bundle_sha256: _Optional[str] = ..., source: _Optional[str] = ..., licence: _Optional[str] = ..., load_seconds: _Optional[float] = ..., checks: _Optional[_Iterable[_Union[Check, _Mapping]]] = ..., reads: _Optional[str] = ..., max_source_len: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., image_shape: _Optional[_Iterable[int]] = ..., certified_on: _Optional[str] = ..., certified_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class Check(_message.Message):
     __slots__ = ("name", "measured", "bound", "grid")
