@@ -79,7 +79,7 @@ class EngineOptions:
     kv_memory: int = 4 << 30
     prefill_chunk_tokens: int = 256
     idle_chunk_tokens: int = 512
-    inter_token_target_seconds: float = 0.05
+    inter_token_target_seconds: float = 0.1
     ageing_seconds: float = 10.0
     canary_rate: float = 0.0
     idle_release_seconds: float = 300.0
@@ -158,6 +158,7 @@ class EngineLoop(BundleThread):
             prefill_chunk=found.manifest.limits.prefill_chunk,
             window=size.window,
             reuses_prefixes=graph.rewinds and graph.prefill_chunk is None,
+            joins_prompts=graph.joins_prompts,
         )
         return cls(
             manifest=found.manifest,
@@ -326,9 +327,9 @@ class EngineLoop(BundleThread):
         if plan.rows:
             real = sum(row.request_id is not None for row in plan.rows)
             self._metrics.step("decode", real, real, len(plan.rows) - real, result.decode_seconds)
-        if plan.chunks:
-            num_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks)
-            self._metrics.step("prefill", len(plan.chunks), num_tokens, 0, result.prefill_seconds)
+        if plan.reads:
+            num_tokens = sum(len(chunk.token_ids) for chunk in plan.reads)
+            self._metrics.step("prefill", len(plan.reads), num_tokens, plan.prompt_padding, result.prefill_seconds)
         self._metrics.evicted(sum(isinstance(each, Release) for each in plan.memory))
         if not result.failures:  # what fails is run more than once
             self._learn(plan, result)

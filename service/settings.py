@@ -98,7 +98,7 @@ class Settings(BaseSettings):
         512, ge=4, le=1 << 20, description="longest prefill step, in tokens, while nothing decodes"
     )
     inter_token_target_seconds: float = Field(
-        0.05,
+        0.1,
         ge=0,
         le=60,
         description="seconds between two tokens of a stream: prompts are read beside it in steps that take no longer, "

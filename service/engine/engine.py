@@ -62,6 +62,8 @@ class Engine:
         if plan.rows:
             self._decode(plan, tokens, failures)
         times.append(self._clock())
+        if plan.prompts:
+            self._read_together(plan.prompts, tokens, failures)
         for chunk in plan.chunks:
             self._prefill(chunk, tokens, failures)
         times.append(self._clock())
@@ -115,6 +117,19 @@ class Engine:
             assert row.request_id is not None, "a parked row is not real"
             self._choose(logits[index], int(best[index]), row.request_id, row.sample, slot, tokens, failures)
 
+    def _read_together(self, prompts: tuple[Chunk, ...], tokens: dict[int, Token], failures: dict[str, str]) -> None:
+        for prompt in prompts:
+            self._begin(prompt.slot, prompt.start)
+        try:
+            logits = self.graph.prompts(prompts[0].slot, [prompt.token_ids for prompt in prompts])
+        except Exception:
+            logger.exception("reading %d prompts together failed; trying them one by one", len(prompts))
+            for prompt in prompts:
+                self._prefill(prompt, tokens, failures)
+            return
+        for row, prompt in zip(logits, prompts, strict=True):
+            self._choose(row, int(row.argmax()), prompt.request_id, prompt.sample, prompt.slot, tokens, failures)
+
     def _prefill(self, chunk: Chunk, tokens: dict[int, Token], failures: dict[str, str]) -> None:
         self._begin(chunk.slot, chunk.start)
         self._feed(chunk, tokens, failures)
@@ -157,7 +172,7 @@ class Engine:
 def _slots(plan: StepPlan) -> dict[str, int]:
     """Return a slot of each request that a step is for."""
     slots = {encode.request_id: encode.slot for encode in plan.encodes}
-    slots.update((chunk.request_id, chunk.slot) for chunk in plan.chunks)
+    slots.update((chunk.request_id, chunk.slot) for chunk in plan.reads)
     slots.update(
         (row.request_id, slot) for slot, row in enumerate(plan.rows, plan.first_slot) if row.request_id is not None
     )

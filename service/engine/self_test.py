@@ -163,6 +163,8 @@ def _ragged(graph: StepGraph, arrays: _Arrays) -> NDArray[np.float32] | None:
 def _invariance(arrays: _Arrays, graph: StepGraph) -> Iterator[Check]:
     if graph.prefill_chunk is None:
         yield _chunks_check(arrays, graph)
+    if graph.joins_prompts and graph.num_slots > 1:
+        yield _together_check(arrays, graph)
     if graph.sources is not None and (sources := _ragged_sources(arrays)):
         yield _sources_check(graph.sources, sources)
     for num_rows in sorted({min(size, graph.num_slots) for size in (2, 5, graph.num_slots)} - {1}):
@@ -182,6 +184,26 @@ def _chunks_check(arrays: _Arrays, graph: StepGraph) -> Check:
         measured=float((whole != chunked).sum()),
         bound=0.0,
         grid=f"{len(prompt)} tokens in chunks of {_ids(arrays['chunks'])}",
+    )
+
+
+def _together_check(arrays: _Arrays, graph: StepGraph) -> Check:
+    """Read prompts of several lengths in one run, padded, and each alone."""
+    prompt = _ids(arrays["prompt"])[: graph.capacity // 16 * 16]
+    num_rows = min(4, graph.num_slots)
+    prompts = [prompt[: max(2, len(prompt) * (row + 1) // num_rows // 16 * 16)] for row in range(num_rows)]
+    for slot in range(num_rows):
+        _begin(graph, slot, None)
+    together = graph.prompts(0, prompts)
+    differing = 0
+    for row, each in enumerate(prompts):
+        _begin(graph, graph.num_slots - 1, None)
+        differing += int((graph.chunk(graph.num_slots - 1, each, 0)[0] != together[row]).sum())
+    return Check(
+        name="bits that differ between a prompt alone and among others",
+        measured=float(differing),
+        bound=0.0,
+        grid=f"prompts of {[len(each) for each in prompts]} tokens",
     )
 
 

@@ -2,7 +2,8 @@
 
 Rules (measured, docs/bundle.md): never no rows (it kills the process); several new tokens and a past only for one row;
 a chunk has its exact length; `total_length` is always the capacity, because equal to the number of new tokens it would
-mean "no row has a past" and destroy one that has; raw addresses do not keep arrays alive, so this object does.
+mean "no row has a past" and destroy one that has, and prompts that are read together have none; raw addresses do not
+keep arrays alive, so this object does.
 
 Axes: rows B, new tokens T, slots S, vocabulary V.
 """
@@ -19,7 +20,7 @@ from service.bundle import BundleRefused, FoundBundle
 from service.engine.pools import make_pool, source_capacity
 from service.engine.runtime import create_session
 from service.engine.source_graph import Made, SourceGraph
-from service.scheduling.work import Phase, Work, decode_work, prefill_work
+from service.scheduling.work import Phase, Work, decode_work, prefill_work, prompts_work
 
 Logits = NDArray[np.float32]
 
@@ -107,6 +108,11 @@ class StepGraph:
         """Whether a row can go back to any earlier position: nothing else was remembered than what lies there."""
         return self.sources is None and not self._other_pools
 
+    @property
+    def joins_prompts(self) -> bool:
+        """Whether prompts may be read together: where lengths are what tells rows apart, and cuts do not matter."""
+        return self.rewinds and self.prefill_chunk is None and Role.TOTAL_LENGTH in self._names
+
     def begin(self, slot: int, made: Made | None = None) -> None:
         """Begin a sequence in a slot, with what `sources` made of its source if it has one."""
         length = 0 if made is None else made.source_length
@@ -165,6 +171,40 @@ class StepGraph:
             for start in range(0, len(token_ids), size)
         ]
         return np.concatenate(pieces) if every_position else pieces[-1]
+
+    def prompts(self, first_slot: int, prompts: Sequence[Sequence[int]]) -> Logits:
+        """Feed whole prompts to as many slots in a row, which have just begun, in one run: only where `joins_prompts`.
+
+        What is padded is written behind each prompt's end, where its next tokens will be.
+
+        Args:
+            first_slot: the slot of the first.
+            prompts: B of them.
+
+        Returns:
+            Logits [B, V] of their ends.
+        """
+        lengths = [len(prompt) for prompt in prompts]
+        num_rows, longest = len(prompts), max(lengths)
+        assert self.joins_prompts and 0 < num_rows <= self.num_slots - first_slot, (num_rows, first_slot)
+        assert min(lengths) > 0 and longest <= self.capacity, (lengths, self.capacity)
+        token_ids = np.zeros((num_rows, longest), np.int64)
+        for row, prompt in enumerate(prompts):
+            token_ids[row, : lengths[row]] = prompt
+        logits = np.empty((num_rows, self.vocab_size), np.float32)
+        binding = self._bind(first_slot, num_rows)
+        # As long as the new tokens: nobody has a past.
+        binding.input(self._names[Role.TOTAL_LENGTH], np.array(longest, np.int32))
+        binding.input(self._names[Role.TOKEN_IDS], token_ids)
+        binding.input(self._names[Role.LENGTHS], np.array(lengths, np.int32))
+        ends = np.arange(num_rows, dtype=np.int64) * longest + np.array(lengths) - 1
+        binding.input(self._names[Role.LOGITS_INDEX], ends)
+        binding.output(self._names[Role.LOGITS], logits)
+        started = time.perf_counter()
+        binding.run()
+        if self.observer is not None:
+            self.observer("prefill", prompts_work(lengths), time.perf_counter() - started)
+        return logits
 
     def chunk(self, slot: int, token_ids: Sequence[int], start: int, *, every_position: bool = False) -> Logits:
         """Feed positions [start, start + T) to one slot.

@@ -23,6 +23,8 @@ class SchedulerConfig:
         window: positions behind the last one that stay in memory, or None where all do.
         reuses_prefixes: whether a prompt may begin with what another left in a slot: where states are nothing but
             what lies at each position.
+        joins_prompts: whether short prompts of neighbouring slots may be read in one run, padded to the longest, where
+            that is foreseen to be faster.
     """
 
     num_slots: int
@@ -35,6 +37,7 @@ class SchedulerConfig:
     ageing: float = 10.0
     window: int | None = None
     reuses_prefixes: bool = False
+    joins_prompts: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("num_slots", 1), ("capacity", 2), ("chunk_tokens", 4), ("idle_chunk_tokens", 4)):

@@ -2,8 +2,8 @@
 
 Slots are rows of the state pools. A step reads the sources of new sequences, runs a range of slots as decode rows,
 whatever slot in that range is idle or still being prefilled included ("parked": it computes into its next free
-position, which is written again before it is ever read, and what it would replace stays as it is), and then chunks of
-prompts.
+position, which is written again before it is ever read, and what it would replace stays as it is), then whole prompts
+together, and then chunks of prompts.
 """
 
 from collections.abc import Mapping
@@ -73,16 +73,29 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step: first `memory`, in its order, then `encodes`, then the decode rows, then the chunks.
+    """One step: first `memory`, in its order, then `encodes`, the decode rows, the `prompts`, and the chunks.
 
-    Row i is slot `first_slot` + i.
+    Row i is slot `first_slot` + i. The prompts are whole, lie in neighbouring slots, in their order, and are read in
+    one run, padded to the longest.
     """
 
     memory: tuple[Release | Move, ...] = ()
     encodes: tuple[Encode, ...] = ()
     first_slot: int = 0
     rows: tuple[Row, ...] = ()
+    prompts: tuple[Chunk, ...] = ()
     chunks: tuple[Chunk, ...] = ()
+
+    @property
+    def reads(self) -> tuple[Chunk, ...]:
+        """All that is read of prompts, together or not."""
+        return self.prompts + self.chunks
+
+    @property
+    def prompt_padding(self) -> int:
+        """Tokens behind the ends of the prompts that are read together."""
+        lengths = [len(prompt.token_ids) for prompt in self.prompts]
+        return len(lengths) * max(lengths, default=0) - sum(lengths)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from math import inf
 from service.scheduling.beam import BeamSearch, Continuation
 from service.scheduling.config import SchedulerConfig
 from service.scheduling.forecast import CHUNK_UNIT, LENT, Due, Forecast, Load
+from service.scheduling.joining import best_group
 from service.scheduling.plan import (
     Chunk,
     Encode,
@@ -213,13 +214,14 @@ class Scheduler:
         limit = self._chunk_limit(now)
         encodes = self._next_encodes(limit, now)
         # Chunks before the rows: a parked one is written behind what was copied.
-        chunks = self._next_chunks(limit, now, memory)
+        prompts, chunks = self._joined(self._next_chunks(limit, now, memory))
         first_slot, rows = self._decode_rows(now)
         return StepPlan(
             memory=tuple(memory),
             encodes=encodes,
             first_slot=first_slot,
             rows=rows,
+            prompts=prompts,
             chunks=chunks,
         )
 
@@ -450,6 +452,17 @@ class Scheduler:
             chunks.append(Chunk(request.request_id, branch.slot, start, request.prompt[start:end], sample))
         return tuple(chunks)
 
+    def _joined(self, chunks: Sequence[Chunk]) -> tuple[tuple[Chunk, ...], tuple[Chunk, ...]]:
+        """Return the prompts to be read together, in the order of their slots, and the chunks that are left."""
+        if not self.config.joins_prompts or self._predict is None or len(chunks) < 2:
+            return (), tuple(chunks)
+        prompts = best_group([chunk for chunk in chunks if self._may_be_joined(chunk)], self._predict)
+        return prompts, tuple(chunk for chunk in chunks if chunk not in prompts)
+
+    def _may_be_joined(self, chunk: Chunk) -> bool:
+        """Return whether it is a whole prompt without a tile of a single query, which padding would round otherwise."""
+        return chunk.start == 0 and chunk.sample is not None and len(chunk.token_ids) % QUERY_TILE != 1
+
     # What came of it
 
     def update(self, plan: StepPlan, result: StepResult, now: float) -> list[Event]:
@@ -461,7 +474,7 @@ class Scheduler:
             if sequence is not None and not self._failed(sequence, result, events):
                 sequence.phase = self._first_phase(sequence.request)
         fed = {row.request_id: 1 for row in plan.rows if row.request_id is not None}
-        for request_id, num_tokens in [*fed.items(), *((c.request_id, len(c.token_ids)) for c in plan.chunks)]:
+        for request_id, num_tokens in [*fed.items(), *((c.request_id, len(c.token_ids)) for c in plan.reads)]:
             sequence = self._sequences.get(request_id)
             if sequence is None or self._failed(sequence, result, events):
                 continue
@@ -477,10 +490,10 @@ class Scheduler:
     def _charge(self, plan: StepPlan, result: StepResult) -> None:
         """Count the step's time among the tenants: of a batch in equal parts, of prompts by their tokens."""
         rows = [row.request_id for row in plan.rows if row.request_id is not None]
-        num_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks)
+        num_tokens = sum(len(chunk.token_ids) for chunk in plan.reads)
         spent = [(request_id, result.decode_seconds / len(rows)) for request_id in rows]
         spent += [(each.request_id, result.encode_seconds / len(plan.encodes)) for each in plan.encodes]
-        spent += [(c.request_id, result.prefill_seconds * len(c.token_ids) / num_tokens) for c in plan.chunks]
+        spent += [(c.request_id, result.prefill_seconds * len(c.token_ids) / num_tokens) for c in plan.reads]
         for request_id, seconds in spent:
             if request_id in self._sequences:
                 self._shares.charge(self._sequences[request_id].tenant, seconds)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
-from service.scheduling.plan import Chunk, Encode, Row, StepPlan
+from service.scheduling.plan import Encode, Row, StepPlan
 
 Phase = Literal["encode", "prefill", "decode"]
 """What a graph is run for."""
@@ -37,6 +37,12 @@ def prefill_work(start: int, num_tokens: int) -> Work:
     return Work(1, num_tokens, num_tokens * (start + num_tokens / 2))
 
 
+def prompts_work(lengths: Sequence[int]) -> Work:
+    """Return the work of reading whole prompts at once, all padded to the longest."""
+    rows, longest = len(lengths), max(lengths)
+    return Work(1, rows * longest, rows * longest * longest / 2)
+
+
 def decode_work(contexts: Sequence[int]) -> Work:
     """Return the work of one token for each row, given how many tokens each then has; parked rows run too."""
     return Work(1, len(contexts), sum(contexts))
@@ -47,8 +53,8 @@ def plan_work(plan: StepPlan) -> dict[Phase, Work]:
     work: dict[Phase, Work] = {}
     if plan.encodes:
         work["encode"] = _of_encodes(plan.encodes)
-    if plan.chunks:
-        work["prefill"] = _of_chunks(plan.chunks)
+    if plan.reads:
+        work["prefill"] = _of_reads(plan)
     if plan.rows:
         work["decode"] = _of_rows(plan.rows)
     return work
@@ -58,8 +64,10 @@ def _of_encodes(encodes: Sequence[Encode]) -> Work:
     return encode_work(len(encodes), max(1, *(len(encode.source.token_ids) for encode in encodes)))
 
 
-def _of_chunks(chunks: Sequence[Chunk]) -> Work:
-    works = [prefill_work(chunk.start, len(chunk.token_ids)) for chunk in chunks]
+def _of_reads(plan: StepPlan) -> Work:
+    works = [prefill_work(chunk.start, len(chunk.token_ids)) for chunk in plan.chunks]
+    if plan.prompts:
+        works.append(prompts_work([len(prompt.token_ids) for prompt in plan.prompts]))
     return Work(*(sum(amounts) for amounts in zip(*works, strict=True)))
 
 

@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, default, said in _LIMITS:
         machine.add_argument(f"--{name}", type=int, default=default, metavar="…", help=f"{said} (%(default)s)")
     machine.add_argument(
-        "--inter-token-target-seconds", type=float, default=0.05, metavar="…", help="sizes prefill steps (%(default)s)"
+        "--inter-token-target-seconds", type=float, default=0.1, metavar="…", help="sizes prefill steps (%(default)s)"
     )
     machine.add_argument("--ageing-seconds", type=float, default=10.0, metavar="…", help="(%(default)s)")
     machine.add_argument("--kv-tokens", type=int, metavar="…", help="positions in KV memory; default: all slots full")
@@ -170,6 +170,7 @@ def _machine(given: argparse.Namespace) -> Machine:
         inter_token_target=given.inter_token_target_seconds,
         ageing=given.ageing_seconds,
         reuses_prefixes=given.prefix_reuse,
+        joins_prompts=True,
     )
     return Machine(
         config=config,

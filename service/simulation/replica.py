@@ -197,8 +197,8 @@ class Replica:
         parked = sum(row.request_id is None for row in plan.rows)
         self.effort.busy_seconds += seconds
         self.effort.steps += 1
-        self.effort.padding_tokens += parked
-        self.effort.real_tokens += len(plan.rows) - parked + sum(len(chunk.token_ids) for chunk in plan.chunks)
+        self.effort.padding_tokens += parked + plan.prompt_padding
+        self.effort.real_tokens += len(plan.rows) - parked + sum(len(chunk.token_ids) for chunk in plan.reads)
 
 
 _ENDS = frozenset({ENDS})

@@ -97,7 +97,7 @@ class VirtualEngine:
         for slot, row in enumerate(plan.rows, plan.first_slot):
             if row.sample is not None:
                 tokens[slot] = self._token(row.sample.request, row.sample.num_output)
-        for chunk in plan.chunks:
+        for chunk in plan.reads:
             if chunk.sample is not None:
                 tokens[chunk.slot] = self._token(chunk.sample.request, chunk.sample.num_output)
         return StepResult(

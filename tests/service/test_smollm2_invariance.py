@@ -109,3 +109,22 @@ def test_a_prompt_gives_the_same_logits_and_states_whatever_the_limit_of_a_chunk
         assert np.array_equal(logits, reference), f"chunks {cut(length, limit)}"
         for pool in graph.pools:
             assert limit == 10_000 or np.array_equal(pool.array[0][:, :length], pool.array[1][:, :length])
+
+
+# No length leaves a tile of a single query; 33 and 65 would.
+@pytest.mark.parametrize("lengths", [(48, 48), (48, 40, 30), (18, 34, 60, 64), (20, 19, 18, 16), (300, 2), (2,) * 8])
+def test_prompts_read_together_give_the_same_logits_and_states_as_alone(
+    lengths: tuple[int, ...], bundle: FoundBundle
+) -> None:
+    use_threads(2)
+    num_rows = len(lengths)
+    graph = StepGraph(bundle, num_rows + 2, 512)
+    assert graph.joins_prompts
+    rng = random.Random(num_rows)
+    prompts = [[rng.randrange(3, VOCAB) for _ in range(length)] for length in lengths]
+    together = graph.prompts(1, prompts)
+    for row, prompt in enumerate(prompts):
+        assert np.array_equal(graph.chunk(num_rows + 1, prompt, 0)[0], together[row])
+        for pool in graph.pools:
+            alone, among = pool.array[num_rows + 1], pool.array[1 + row]
+            assert np.array_equal(alone[:, : len(prompt)], among[:, : len(prompt)])
