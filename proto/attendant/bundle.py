@@ -25,7 +25,12 @@ TOKENS = "tokens"  # new tokens of each row
 CAPACITY = "capacity"  # positions a row of an `append` state can hold
 LOGIT_ROWS = "logit_rows"  # positions whose logits are wanted
 SOURCE = "source"  # positions of the source that a sequence is written about
-AXES = frozenset({ROWS, TOKENS, CAPACITY, LOGIT_ROWS, SOURCE})
+ADJUSTMENTS = "adjustments"  # tokens of each row whose logits are changed before the choice
+AXES = frozenset({ROWS, TOKENS, CAPACITY, LOGIT_ROWS, SOURCE, ADJUSTMENTS})
+
+# What a sample graph answers where it chooses no token.
+NOT_FINITE = -1  # the row holds NaN or positive infinity
+NOT_RANKED = -2  # more tokens pass the row's filters than the graph ranks: the host has to choose
 
 # The axes of an encoder's logits before the last one, by task.
 _LOGIT_AXES: dict[str, tuple[str, ...]] = {
@@ -49,6 +54,7 @@ class BundleError(ValueError):
 class DType(StrEnum):
     """Element types, by their numpy names (bfloat16 has none in numpy and is named as ONNX does)."""
 
+    FLOAT64 = "float64"
     FLOAT32 = "float32"
     FLOAT16 = "float16"
     BFLOAT16 = "bfloat16"
@@ -103,6 +109,32 @@ class Role(StrEnum):
     """[rows, tokens, width]: the last layer's output."""
     WEIGHTS = "weights"
     """[1, heads, rows, columns] float32: attention weights, of explain graphs only; `explain` says of what."""
+    INVERSE_TEMPERATURE = "inverse_temperature"
+    """[rows] float32: what a row's logits are multiplied by; 0 takes the most likely token."""
+    TOP_K = "top_k"
+    """[rows] int64: how many of the most likely tokens are candidates; 0 is all."""
+    TOP_P = "top_p"
+    """[rows] float64: as many of the most likely tokens are candidates as have this share of the probability."""
+    MIN_P = "min_p"
+    """[rows] float32: candidates have at least this share of the most likely token's probability."""
+    UNIFORM = "uniform"
+    """[rows] float64 in [0, 1): which of the candidates is chosen."""
+    ADJUSTED_IDS = "adjusted_ids"
+    """[rows, adjustments] int64: tokens whose logits change; what repeats a token repeats its three numbers, too."""
+    REPETITION = "repetition"
+    """[rows, adjustments] float32: positive logits are divided by it, others multiplied; 1 changes nothing."""
+    PENALTY = "penalty"
+    """[rows, adjustments] float32: subtracted then."""
+    BIAS = "bias"
+    """[rows, adjustments] float32: added last; negative infinity forbids the token."""
+    CHOICES = "choices"
+    """[rows] int64: the chosen token of each row, or `NOT_FINITE`, or `NOT_RANKED`."""
+    LOGPROBS = "logprobs"
+    """[rows] float32: natural log-probability of each row's choice under its unchanged logits."""
+    TOP_IDS = "top_ids"
+    """[rows, N] int64: the most likely tokens, the best first, and of equals the lower id."""
+    TOP_LOGPROBS = "top_logprobs"
+    """[rows, N] float32: their natural log-probabilities."""
     STATE = "state"
     """A state of the manifest, named by its `input`, `output` or `made`."""
 
@@ -116,6 +148,12 @@ class GraphKind(StrEnum):
     """The whole work of an encoder; or, where something is generated about a source, what is made of that, once."""
     EXPLAIN = "explain"
     """Attention weights on request; never on the hot path."""
+    SAMPLE = "sample"
+    """Chooses a token from each row of the step graph's logits where they are, on the device, if no row has filters."""
+    SAMPLE_FILTERED = "sample_filtered"
+    """The same with filters: top_k, top_p and min_p."""
+    LOGPROBS = "logprobs"
+    """Log-probabilities of what was chosen, and of the most likely tokens, for whoever asks."""
 
 
 class _Frozen(BaseModel):
@@ -459,6 +497,7 @@ class Manifest(_Frozen):
             raise ValueError("exactly the bundles with a graph that takes an image say in `image` which they take")
         self._states_are_wired()
         self._weights_are_explained()
+        self._sampler_fits()
         return self
 
     def _encodes_its_tasks(self) -> None:
@@ -492,6 +531,14 @@ class Manifest(_Frozen):
         shows_patches = any(Places.PATCHES in (spec.rows, spec.columns) for spec in told)
         if shows_patches and self.explain is not None and self.explain.grid is None:
             raise ValueError("weights of patches need `grid`, how many there are")
+
+    def _sampler_fits(self) -> None:
+        size = self.vocabulary.size if self.vocabulary else None
+        for kind in (GraphKind.SAMPLE, GraphKind.SAMPLE_FILTERED, GraphKind.LOGPROBS):
+            graph = self.graph(kind)
+            logits = graph.input(Role.LOGITS) if graph else None
+            if graph is not None and (logits is None or logits.axes != (ROWS, size)):
+                raise ValueError(f"the {kind} graph reads logits of {(ROWS, size)}, not of {logits and logits.axes}")
 
     def _states_are_wired(self) -> None:
         step = self.graph(GraphKind.STEP)

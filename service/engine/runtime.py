@@ -10,6 +10,7 @@ from attendant.bundle import GraphSpec, TensorSpec
 from service.bundle import BundleRefused
 
 _NUMPY_NAME = {
+    "tensor(double)": "float64",
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
     "tensor(bfloat16)": "bfloat16",
