@@ -22,6 +22,7 @@ from attendant.bundle import DType
 Array = NDArray[Any]
 
 _ITEM_BYTES = {
+    DType.FLOAT64: 8,
     DType.FLOAT32: 4,
     DType.FLOAT16: 2,
     DType.BFLOAT16: 2,

@@ -1,5 +1,6 @@
 """ONNX Runtime sessions of this process: one shared thread pool, the provider asked for, the tensors declared."""
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import onnxruntime as ort
 
 from attendant.bundle import GraphSpec, TensorSpec
 from service.bundle import BundleRefused
+from service.engine.device import Device
+
+CUDA = "CUDAExecutionProvider"
 
 _NUMPY_NAME = {
     "tensor(double)": "float64",
@@ -28,24 +32,78 @@ def use_threads(num_threads: int) -> None:
     ort.set_global_thread_pool_sizes(num_threads, 1)
 
 
-def create_session(directory: Path, graph: GraphSpec) -> ort.InferenceSession:
-    """Load a graph on the CPU and compare its real inputs and outputs with the manifest's.
+def create_session(
+    directory: Path, graph: GraphSpec, device: Device | None = None, *, captures: bool = False
+) -> ort.InferenceSession:
+    """Load a graph and compare its real inputs and outputs with the manifest's.
+
+    Args:
+        directory: the bundle.
+        graph: which of its graphs.
+        device: what is to run it, the CPU if None.
+        captures: whether runs on a GPU may be captured and replayed as CUDA graphs.
 
     Raises:
-        BundleRefused: the runtime cannot load it, or a tensor is not as declared.
+        BundleRefused: the runtime cannot load it, or not on the device, or a tensor is not as declared.
     """
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     options.enable_mem_pattern = False  # shapes change from step to step
     options.log_severity_level = 3
+    providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
+    if device is not None and device.name == "cuda":
+        require_cuda_build(ort.get_available_providers())
+        # The arena would take twice what the weights need.
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+        providers = [(CUDA, cuda_options(device, captures=captures))]
     path = directory / graph.file
     try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
         raise BundleRefused(f"{graph.file}: ONNX Runtime cannot load it: {error}") from error
+    if device is not None and device.name == "cuda":
+        require_cuda(session.get_providers())
     _compare(graph, "input", graph.inputs, session.get_inputs())
     _compare(graph, "output", graph.outputs, session.get_outputs())
     return session
+
+
+def cuda_options(device: Device, *, captures: bool) -> dict[str, str]:
+    """Return what ONNX Runtime's CUDA provider is told, in its own words."""
+    return {
+        "device_id": str(device.index),
+        # Copies and graphs in one stream: nobody waits for another stream.
+        "user_compute_stream": str(device.stream),
+        "enable_cuda_graph": "1" if captures else "0",
+        # What is left of the memory belongs to the states.
+        "arena_extend_strategy": "kSameAsRequested",
+    }
+
+
+def require_cuda_build(available: Sequence[str]) -> None:
+    """Refuse a build of ONNX Runtime that has no CUDA provider, given those that it has.
+
+    Raises:
+        BundleRefused: this is such a build.
+    """
+    if CUDA not in available:
+        raise BundleRefused(
+            f"it needs {CUDA}, and this build of ONNX Runtime has {', '.join(available)} only: "
+            "install onnxruntime-gpu instead of onnxruntime (the extra gpu instead of cpu)"
+        )
+
+
+def require_cuda(providers: Sequence[str]) -> None:
+    """Refuse a session that runs elsewhere than on CUDA: ONNX Runtime falls back to the CPU without a word.
+
+    Raises:
+        BundleRefused: CUDA is not the first of the session's providers.
+    """
+    if providers[0] != CUDA:
+        raise BundleRefused(
+            f"it needs {CUDA}, and ONNX Runtime runs it with {', '.join(providers)}: the NVIDIA driver, a GPU, or one "
+            "of the libraries cuBLAS, cuDNN and cuFFT is missing"
+        )
 
 
 def _compare(graph: GraphSpec, kind: str, declared: tuple[TensorSpec, ...], real: list[ort.NodeArg]) -> None:
