@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attendant.bundle import CAPACITY, SOURCE, Manifest, StateRule, StateSpec
+from service.engine.device import item_bytes
 from service.scheduling.slots import PAGE_POSITIONS, rounded
 
 Array = NDArray[np.generic]
@@ -201,7 +202,7 @@ def source_capacity(manifest: Manifest) -> int:
 
 def position_bytes(spec: StateSpec) -> int:
     """Return the distance of two positions of an `append` state."""
-    return _elements(spec.axes[spec.axes.index(CAPACITY) + 1 :], 0) * np.dtype(spec.dtype.value).itemsize
+    return _elements(spec.axes[spec.axes.index(CAPACITY) + 1 :], 0) * item_bytes(spec.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +244,23 @@ def pool_size(manifest: Manifest, num_slots: int, kv_memory: int) -> PoolSize:
     return PoolSize(max_model_len if window else min(max_model_len, budget), budget, window)
 
 
+def device_slots(manifest: Manifest, max_slots: int, kv_memory: int) -> int:
+    """Return how many slots `kv_memory` bytes of a device hold, each as long as the model goes, at most `max_slots`.
+
+    There is no memory there that is committed as it is written: a slot has all of its own from the start.
+
+    Raises:
+        ValueError: they do not hold a single one.
+    """
+    slot_bytes = manifest.limits.max_model_len * sum(_row_bytes(state, 0) for state in manifest.states)
+    if kv_memory < slot_bytes:
+        raise ValueError(
+            f"kv_memory is {kv_memory} bytes, must be at least {slot_bytes}: one slot of {manifest.key} "
+            f"holds {manifest.limits.max_model_len} tokens"
+        )
+    return min(max_slots, kv_memory // slot_bytes)
+
+
 def _window(appended: Iterable[StateSpec]) -> int | None:
     """Return how many positions stay in memory: the widest window, and the page that it begins in."""
     widest = 0
@@ -255,7 +273,7 @@ def _window(appended: Iterable[StateSpec]) -> int | None:
 
 def _row_bytes(spec: StateSpec, source_positions: int) -> int:
     """Return the bytes of one row of a state, or of one position of it if it is appended to."""
-    return _elements(spec.axes[1:], source_positions) * np.dtype(spec.dtype.value).itemsize
+    return _elements(spec.axes[1:], source_positions) * item_bytes(spec.dtype)
 
 
 def _elements(axes: Sequence[int | str], source_positions: int) -> int:
