@@ -10,7 +10,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 from attendant.bundle import Check, Manifest
@@ -31,7 +31,7 @@ from service.errors import (
     QueueFull,
 )
 from service.metrics import ModelMetrics
-from service.scheduling.canary import Canary, Verdict, is_replay
+from service.scheduling.canary import Canary, Verdict
 from service.scheduling.config import SchedulerConfig
 from service.scheduling.latency import LatencyModel
 from service.scheduling.plan import (
@@ -47,7 +47,7 @@ from service.scheduling.plan import (
 )
 from service.scheduling.request import Request
 from service.scheduling.scheduler import Scheduler
-from service.scheduling.sequence import Snapshot
+from service.scheduling.sequence import Occupancy, Snapshot
 from service.scheduling.slots import PAGE_POSITIONS
 from service.scheduling.work import Phase, Work, plan_work
 from service.token_stream import TokenStream
@@ -271,7 +271,7 @@ class EngineLoop(BundleThread):
         pace = (finishes[-1] - finishes[0]) / (len(finishes) - 1)
         return min(max(pace, 0.05), 30.0)
 
-    def _publish(self, plan: StepPlan, result: StepResult, events: list[Event], snapshot: Snapshot) -> None:
+    def _publish(self, plan: StepPlan, result: StepResult, events: list[Event], occupancy: Occupancy) -> None:
         """Hand a step's events to their streams and to the metrics; runs on the event loop."""
         now = self.clock()
         events = [event for event in events if not self._canary.hear(event, now)]
@@ -292,7 +292,7 @@ class EngineLoop(BundleThread):
                 stream.deliver(event)
         self._metrics.generated(sum(map(_num_tokens, events)))
         self._measure(plan, result)
-        self._publish_occupancy(snapshot)
+        self._publish_occupancy(occupancy)
         self._note_idle()
 
     def _error(self, event: FailureEvent | ExpiryEvent | RefusalEvent) -> AttendantError:
@@ -309,15 +309,10 @@ class EngineLoop(BundleThread):
         seconds = self.clock() - event.request.arrival
         return DeadlineExceeded(seconds=seconds, phase=event.phase, tokens=event.num_tokens)
 
-    def _publish_occupancy(self, snapshot: Snapshot) -> None:
-        if any(is_replay(view.request_id) for view in snapshot.sequences):
-            views = tuple(view for view in snapshot.sequences if not is_replay(view.request_id))
-            snapshot = replace(snapshot, sequences=views)
-        waiting = snapshot.num_waiting
-        running = len(snapshot.sequences) - waiting
-        predicted = self._queue_seconds if waiting else 0.0
-        self._metrics.queue(waiting, running, snapshot.num_uncomputed, predicted)
-        self._metrics.memory(snapshot.reserved, snapshot.committed)
+    def _publish_occupancy(self, now: Occupancy) -> None:
+        predicted = self._queue_seconds if now.num_waiting else 0.0
+        self._metrics.queue(now.num_waiting, now.num_running, now.num_uncomputed, predicted)
+        self._metrics.memory(now.reserved, now.committed)
 
     def _measure(self, plan: StepPlan, result: StepResult) -> None:
         if plan.encodes:
@@ -394,7 +389,7 @@ class EngineLoop(BundleThread):
                 elif isinstance(command, _Cancel):
                     if self._scheduler.cancel(command.request_id):
                         # Nothing may follow that would say so.
-                        self._call_soon(self._publish_occupancy, self._scheduler.snapshot())
+                        self._call_soon(self._publish_occupancy, self._scheduler.occupancy())
                 else:
                     return False
         except queue.Empty:
@@ -411,7 +406,7 @@ class EngineLoop(BundleThread):
         events += self._scheduler.update(plan, result, now)
         if now >= self._forecast_at:
             self._queue_seconds, self._forecast_at = self._scheduler.queue_seconds(now), now + _FORECAST_SECONDS
-        self._call_soon(self._publish, plan, result, events, self._scheduler.snapshot())
+        self._call_soon(self._publish, plan, result, events, self._scheduler.occupancy())
 
 
 def _num_tokens(event: Event) -> int:

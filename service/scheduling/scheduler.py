@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from math import inf
 
 from service.scheduling.beam import BeamSearch, Continuation
+from service.scheduling.canary import is_replay
 from service.scheduling.config import SchedulerConfig
 from service.scheduling.forecast import CHUNK_UNIT, LENT, Due, Forecast, Load
 from service.scheduling.joining import best_group
@@ -35,7 +36,7 @@ from service.scheduling.plan import (
 )
 from service.scheduling.prefixes import NOTHING, Prefix, Prefixes
 from service.scheduling.request import Finish, FinishReason, Hypothesis, Request, Token
-from service.scheduling.sequence import Branch, LiveSequence, Phase, Snapshot, view_of
+from service.scheduling.sequence import Branch, LiveSequence, Occupancy, Phase, Snapshot, view_of
 from service.scheduling.shares import Shares
 from service.scheduling.slots import SlotLedger, rounded
 from service.scheduling.work import Predict, decode_work
@@ -596,6 +597,25 @@ class Scheduler:
             config=self.config,
             sequences=tuple(view_of(sequence) for sequence in self._sequences.values()),
             free_slots=self._ledger.free,
+            reserved=self._ledger.reserved,
+            committed=self._ledger.committed,
+        )
+
+    def occupancy(self) -> Occupancy:
+        """Return how much there is to do; a replay of the canary is nobody's request."""
+        num_waiting = num_running = num_uncomputed = 0
+        for request_id, sequence in self._sequences.items():
+            if is_replay(request_id):
+                continue
+            if sequence.phase is Phase.WAITING:
+                num_waiting += 1
+            else:
+                num_running += 1
+            num_uncomputed += max(0, len(sequence.request.prompt) - sequence.num_computed)
+        return Occupancy(
+            num_waiting=num_waiting,
+            num_running=num_running,
+            num_uncomputed=num_uncomputed,
             reserved=self._ledger.reserved,
             committed=self._ledger.committed,
         )

@@ -101,10 +101,24 @@ class Snapshot:
         """Sequences with a slot."""
         return len(self.sequences) - self.num_waiting
 
-    @property
-    def num_uncomputed(self) -> int:
-        """Prompt tokens of all sequences that are not computed yet."""
-        return sum(max(0, view.num_prompt - view.num_computed) for view in self.sequences)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Occupancy:
+    """How much there is to do, and of what is held: what is told after every step.
+
+    Args:
+        num_waiting: requests without a slot.
+        num_running: requests with a slot.
+        num_uncomputed: prompt tokens of all of them that are not computed yet.
+        reserved: positions of KV memory that running requests may need.
+        committed: positions of KV memory in use, those that finished requests left included.
+    """
+
+    num_waiting: int
+    num_running: int
+    num_uncomputed: int
+    reserved: int
+    committed: int
 
 
 def view_of(sequence: LiveSequence) -> SequenceView:

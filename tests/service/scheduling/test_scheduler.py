@@ -217,7 +217,12 @@ class Walk:
         return events
 
     def check(self) -> None:
-        assert violations(self.scheduler.snapshot()) == []
+        snapshot, occupancy = self.scheduler.snapshot(), self.scheduler.occupancy()
+        assert violations(snapshot) == []
+        assert (occupancy.num_waiting, occupancy.num_running) == (snapshot.num_waiting, snapshot.num_running)
+        uncomputed = (max(0, view.num_prompt - view.num_computed) for view in snapshot.sequences)
+        assert occupancy.num_uncomputed == sum(uncomputed)
+        assert (occupancy.reserved, occupancy.committed) == (snapshot.reserved, snapshot.committed)
 
 
 def test_one_request_gets_what_the_model_says() -> None:
