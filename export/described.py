@@ -9,13 +9,36 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from attendant.bundle import CAPACITY, LOGIT_ROWS, ROWS, SOURCE, TOKENS, GraphKind, GraphSpec, Role, TensorSpec
+from attendant.bundle import (
+    ADJUSTMENTS,
+    CAPACITY,
+    LOGIT_ROWS,
+    ROWS,
+    SOURCE,
+    TOKENS,
+    GraphKind,
+    GraphSpec,
+    Role,
+    TensorSpec,
+)
 from export.errors import ExportRefused
 from export.onnx_export import trace
 from export.operators import OPSET
 
 _TORCH = str(Path(torch.__file__).parent)
-_EXAMPLE = {ROWS: 2, TOKENS: 3, CAPACITY: 5, LOGIT_ROWS: 4, SOURCE: 7}
+_EXAMPLE = {ROWS: 2, TOKENS: 3, CAPACITY: 5, LOGIT_ROWS: 4, SOURCE: 7, ADJUSTMENTS: 3}
+_SAMPLE_ORDER = (
+    {Role.LOGITS},
+    {Role.INVERSE_TEMPERATURE},
+    {Role.UNIFORM},
+    {Role.TOP_K},
+    {Role.TOP_P},
+    {Role.MIN_P},
+    {Role.ADJUSTED_IDS},
+    {Role.REPETITION},
+    {Role.PENALTY},
+    {Role.BIAS},
+)
 _ORDER = {
     GraphKind.STEP: (
         {Role.TOKEN_IDS},
@@ -25,6 +48,9 @@ _ORDER = {
         {Role.SOURCE_LENGTHS},
     ),
     GraphKind.ENCODE: ({Role.SOURCE_IDS, Role.IMAGE}, {Role.SOURCE_LENGTHS}),
+    GraphKind.SAMPLE: _SAMPLE_ORDER,
+    GraphKind.SAMPLE_FILTERED: _SAMPLE_ORDER,
+    GraphKind.LOGPROBS: ({Role.LOGITS}, {Role.CHOICES}),
 }
 
 
@@ -37,13 +63,29 @@ def write_graph(
     opset: int = OPSET,
     translations: dict[Any, Any] | None = None,
 ) -> None:
-    """Trace a module as `graph` describes it and write the files into `directory`.
+    """Trace a module as `graph` describes it and write the files into `directory`; arguments as of `trace_graph`.
+
+    Raises:
+        ExportRefused: PyTorch cannot trace the module; the message names the line.
+    """
+    program = trace_graph(module, graph, max_tokens=max_tokens, opset=opset, translations=translations)
+    program.save(directory / graph.file, external_data=graph.data is not None)
+
+
+def trace_graph(
+    module: nn.Module,
+    graph: GraphSpec,
+    *,
+    max_tokens: int | None = None,
+    opset: int = OPSET,
+    translations: dict[Any, Any] | None = None,
+) -> torch.onnx.ONNXProgram:
+    """Trace a module as `graph` describes it.
 
     Args:
         module: takes the inputs in the order of `_ORDER`, None for what the graph does not have, then the states as a
             list; returns the outputs.
         graph: what the manifest says.
-        directory: the bundle.
         max_tokens: most new tokens of a step, where there is a limit.
         opset: the version of ONNX.
         translations: as in `trace`.
@@ -75,7 +117,7 @@ def write_graph(
     for tensors, values in ((graph.inputs, traced.inputs), (graph.outputs, traced.outputs)):
         for tensor, value in zip(tensors, values, strict=True):
             value.shape = ir.Shape(tensor.axes)  # under the names of the manifest, rather than those of the tracer
-    program.save(directory / graph.file, external_data=True)
+    return program
 
 
 def _reason(error: Exception) -> str:
