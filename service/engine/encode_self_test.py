@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 from attendant.bundle import Check, Manifest
 from attendant.processor import processor_features
 from service.bundle import BundleRefused, FoundBundle
+from service.engine.agreement import relative_error
 from service.engine.encode_graph import Array, EncodeGraph, Item
-from service.engine.self_test import read_golden, relative_error
+from service.engine.self_test import read_golden
 
 
 def check_encoder(found: FoundBundle, graph: EncodeGraph) -> tuple[Check, ...]:

@@ -1,4 +1,4 @@
-"""A known input that a sound engine answers with the same bits every time.
+"""A known input that a sound engine answers alike every time: with the same bits, or as nearly as its device can.
 
 When all that a step was asked for fails, row by row, either every one of these requests is one that no engine could
 answer, or the engine is broken: its weights have changed in memory, or memory is exhausted. Counting failures cannot
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.bundle import FoundBundle
+from service.engine.agreement import Agreement
 from service.engine.encode_graph import EncodeGraph
 from service.engine.encode_self_test import golden_items
 from service.engine.self_test import golden_prompt
@@ -33,10 +34,12 @@ class Probe:
 
     Args:
         run: answers the known input in a slot whose content nobody needs; an encoder has no slots.
+        agreement: what it takes for an answer to be the one that was given at load.
     """
 
-    def __init__(self, run: Callable[[int], Answer]) -> None:
+    def __init__(self, run: Callable[[int], Answer], agreement: Agreement) -> None:
         self._run = run
+        self._agreement = agreement
         self._expected = run(0)
 
     def check(self, slot: int = 0) -> None:
@@ -50,10 +53,11 @@ class Probe:
         except Exception as error:
             logger.exception("the graph fails on what it could answer when it was loaded")
             raise EngineBroken(f"the graph fails whatever it is given ({type(error).__name__})") from error
-        differing = int((answer != self._expected).sum())
-        if differing:
+        check = self._agreement.check("an answer and that at load", [(answer, self._expected)], "a known input")
+        if not check.passed:
             raise EngineBroken(
-                f"the graph computes otherwise than when it was loaded: {differing} of {answer.size} numbers differ"
+                f"the graph computes otherwise than when it was loaded: {check.name}: {check.measured:.3g}, allowed "
+                f"{check.bound:.3g}"
             )
 
 
@@ -65,15 +69,15 @@ def generation_probe(found: FoundBundle, graph: StepGraph) -> Probe:
     def run(slot: int) -> Answer:
         graph.begin(slot, graph.sources.run([source])[0] if graph.sources and source else None)
         read = graph.feed(slot, prompt)[0].copy()
-        written = graph.decode([int(read.argmax())], [len(prompt) + 1], [0], slot)[0]
+        written = graph.decode(prompt[-1:], [len(prompt) + 1], [0], slot)[0]
         answer = np.stack((read, written))
         graph.release(slot)
         return answer
 
-    return Probe(run)
+    return Probe(run, Agreement.of(found.manifest))
 
 
 def encoder_probe(found: FoundBundle, graph: EncodeGraph) -> Probe:
     """Return a probe that reads the shortest text, or an image, of the golden run."""
     item = min(golden_items(found, graph), key=lambda item: item.length)
-    return Probe(lambda slot: graph.run([item])[0])
+    return Probe(lambda slot: graph.run([item])[0], Agreement.of(found.manifest))
