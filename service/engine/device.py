@@ -10,6 +10,7 @@ too. Nothing that was asked for need have happened before `synchronize`.
 import ctypes
 import math
 import mmap
+import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -74,17 +75,24 @@ class Buffer:
         row_bytes = math.prod(self.shape[1:]) * item_bytes(self.dtype)
         return replace(self, address=self.address + start * row_bytes, shape=(stop - start, *self.shape[1:]))
 
+    def reshaped(self, *shape: int) -> "Buffer":
+        """Return the same memory with other axes."""
+        assert math.prod(shape) == math.prod(self.shape), (self.shape, shape)
+        return replace(self, shape=shape)
+
 
 class Device(ABC):
     """Memory and one stream of work. Not thread-safe.
 
     `name` and `index` are what ONNX Runtime's bindings know the device by, `stream` the address of the stream to
-    compute in, if there are any.
+    compute in, if there are any. `exclusive` is held by whoever loads a bundle or captures its runs: CUDA lets no
+    thread of the process allocate while another captures.
     """
 
     name: str
     index: int = 0
     stream: int | None = None
+    exclusive = threading.Lock()
 
     @abstractmethod
     def allocate(self, shape: tuple[int, ...], dtype: DType) -> Buffer:

@@ -5,7 +5,7 @@ one that has them in the host's memory are the same to it: only their type diffe
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +14,13 @@ from service.engine.source_graph import Made, SourceGraph
 from service.scheduling.work import Phase, Work
 
 Logits = NDArray[np.float32]
-L = TypeVar("L", covariant=True)
+Rows_co = TypeVar("Rows_co", covariant=True)
 
 
-class Graph(Protocol[L]):
+class Graph(Protocol[Rows_co]):
     """Runs decode rows, prompts and chunks of one bundle on its states. Not thread-safe.
 
-    `L` is what it says of logits [rows, vocabulary].
+    `Rows_co` is what it says of logits [rows, vocabulary].
     """
 
     @property
@@ -48,13 +48,13 @@ class Graph(Protocol[L]):
         lengths: Sequence[int],
         real: Sequence[int] | None = None,
         first_slot: int = 0,
-    ) -> L:
+    ) -> Rows_co:
         """Feed one token to each of some slots in a row."""
 
-    def prompts(self, first_slot: int, prompts: Sequence[Sequence[int]]) -> L:
+    def prompts(self, first_slot: int, prompts: Sequence[Sequence[int]]) -> Rows_co:
         """Feed whole prompts to as many slots in a row, in one run."""
 
-    def chunk(self, slot: int, token_ids: Sequence[int], start: int) -> L:
+    def chunk(self, slot: int, token_ids: Sequence[int], start: int) -> Rows_co:
         """Feed positions [start, start + T) to one slot."""
 
     def copy(self, source: int, destination: int, length: int) -> None:

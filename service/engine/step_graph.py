@@ -12,17 +12,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import onnxruntime as ort
-from numpy.typing import NDArray
 
 from attendant.bundle import GraphKind, GraphSpec, Manifest, Role, StateRule
 from service.bundle import BundleRefused, FoundBundle
+from service.engine.binding import Binding
+from service.engine.graph import Logits
 from service.engine.pools import make_pool, source_capacity
 from service.engine.runtime import create_session
 from service.engine.source_graph import Made, SourceGraph
 from service.scheduling.work import Phase, Work, decode_work, prefill_work, prompts_work
-
-Logits = NDArray[np.float32]
 
 _INPUTS = {
     Role.TOKEN_IDS,
@@ -32,26 +30,6 @@ _INPUTS = {
     Role.SOURCE_LENGTHS,
     Role.STATE,
 }
-
-
-class _Binding:
-    """One set of bound buffers; the addresses stay valid as long as this object lives."""
-
-    def __init__(self, session: ort.InferenceSession) -> None:
-        self.session = session
-        self.io = session.io_binding()
-        self._kept: dict[str, NDArray[np.generic]] = {}
-
-    def input(self, name: str, array: NDArray[np.generic]) -> None:
-        self._kept[name] = array
-        self.io.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-
-    def output(self, name: str, array: NDArray[np.generic]) -> None:
-        self._kept[name] = array
-        self.io.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-
-    def run(self) -> None:
-        self.session.run_with_iobinding(self.io)
 
 
 class StepGraph:
@@ -71,19 +49,12 @@ class StepGraph:
 
     def __init__(self, found: FoundBundle, num_slots: int, capacity: int) -> None:
         manifest = found.manifest
-        graph = manifest.graph(GraphKind.STEP)
-        if graph is None:
-            raise BundleRefused("it has no step graph")
-        roles = {tensor.role for tensor in graph.inputs}
-        if unknown := sorted(roles - _INPUTS):
-            raise BundleRefused(f"its step graph takes {unknown}: this build knows {', '.join(sorted(_INPUTS))}")
-        if missing := sorted({Role.TOKEN_IDS, Role.LENGTHS, Role.LOGITS_INDEX} - roles):
-            raise BundleRefused(f"its step graph does not take {', '.join(missing)}")
+        graph = step_spec(manifest)
         self.sources = SourceGraph(found) if manifest.graph(GraphKind.ENCODE) else None
         self.prefill_chunk = manifest.limits.prefill_chunk
         self.num_slots = num_slots
         self.capacity = capacity
-        self.vocab_size = _vocab_size(manifest, graph)
+        self.vocab_size = vocab_size(manifest, graph)
         source_positions = source_capacity(manifest)
         self.pools = tuple(make_pool(state, num_slots, capacity, source_positions) for state in manifest.states)
         # Nothing happens to the others after a step.
@@ -99,9 +70,9 @@ class StepGraph:
         self._lengths = np.zeros(num_slots, np.int32)
         self._logits_index = np.arange(num_slots, dtype=np.int64)
         self._logits = np.zeros((num_slots, self.vocab_size), np.float32)
-        self._decode_bindings: dict[tuple[int, int], _Binding] = {}
+        self._decode_bindings: dict[tuple[int, int], Binding] = {}
         self.observer: Callable[[Phase, Work, float], object] | None = None
-        self._chunk_bindings: dict[int, _Binding] = {}
+        self._chunk_bindings: dict[int, Binding] = {}
 
     @property
     def rewinds(self) -> bool:
@@ -252,8 +223,8 @@ class StepGraph:
         for pool in self.pools:
             pool.release(slot)
 
-    def _bind(self, first_slot: int, num_rows: int) -> _Binding:
-        binding = _Binding(self._session)
+    def _bind(self, first_slot: int, num_rows: int) -> Binding:
+        binding = Binding(self._session)
         rows = slice(first_slot, first_slot + num_rows)
         if (name := self._names.get(Role.TOTAL_LENGTH)) is not None:
             binding.input(name, self._total_length)
@@ -274,7 +245,29 @@ class StepGraph:
                 pool.trim(slot, length)
 
 
-def _vocab_size(manifest: Manifest, graph: GraphSpec) -> int:
+def step_spec(manifest: Manifest) -> GraphSpec:
+    """Return a bundle's step graph.
+
+    Raises:
+        BundleRefused: there is none, or it takes what this build does not know.
+    """
+    graph = manifest.graph(GraphKind.STEP)
+    if graph is None:
+        raise BundleRefused("it has no step graph")
+    roles = {tensor.role for tensor in graph.inputs}
+    if unknown := sorted(roles - _INPUTS):
+        raise BundleRefused(f"its step graph takes {unknown}: this build knows {', '.join(sorted(_INPUTS))}")
+    if missing := sorted({Role.TOKEN_IDS, Role.LENGTHS, Role.LOGITS_INDEX} - roles):
+        raise BundleRefused(f"its step graph does not take {', '.join(missing)}")
+    return graph
+
+
+def vocab_size(manifest: Manifest, graph: GraphSpec) -> int:
+    """Return how many logits a row has.
+
+    Raises:
+        BundleRefused: not as many as the vocabulary has tokens.
+    """
     assert manifest.vocabulary is not None, "the schema demands a vocabulary of a generating bundle"
     size, logits = manifest.vocabulary.size, graph.output(Role.LOGITS)
     if logits is None or logits.axes[-1] != size:
