@@ -7,6 +7,8 @@ serves the smaller ones. Memory must not be allocated while a run is captured, s
 
 from collections.abc import Iterator, Sequence
 
+import onnxruntime as ort
+
 EAGER = -1
 """What ONNX Runtime's run option `gpu_graph_id` calls a run that is neither captured nor replayed; 0 is its own."""
 
@@ -24,3 +26,12 @@ def warm_up(buckets: Sequence[int]) -> Iterator[tuple[int, int]]:
     for num_rows in sorted(ids, reverse=True):
         yield from [(num_rows, EAGER)] * _WARM_UPS
         yield num_rows, ids[num_rows]
+
+
+def run_options(graph_id: int) -> ort.RunOptions:
+    """Return what a run is told: its number, and not to wait for the device."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(graph_id))
+    # The one who reads the answer waits for it.
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    return options

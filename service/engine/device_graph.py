@@ -14,12 +14,11 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import onnxruntime as ort
 
 from attendant.bundle import CAPACITY, DType, GraphKind, Manifest, Role, StateRule, StateSpec
 from service.bundle import BundleRefused, FoundBundle
 from service.engine.binding import Binding
-from service.engine.captures import EAGER, captured_ids, warm_up
+from service.engine.captures import EAGER, captured_ids, run_options, warm_up
 from service.engine.device import Array, Buffer, Device, DeviceError
 from service.engine.graph import Logits
 from service.engine.pools import position_bytes
@@ -80,7 +79,7 @@ class DeviceGraph:
         self._num_rows = 0
         self._buckets = tuple(buckets)
         self._ids: dict[int, int] = {}
-        self._options = {graph_id: _run_options(graph_id) for graph_id in (EAGER, *captured_ids(buckets).values())}
+        self._options = {graph_id: run_options(graph_id) for graph_id in (EAGER, *captured_ids(buckets).values())}
         self._decode_bindings: dict[tuple[int, int], Binding] = {}
         self._slot_bindings: dict[int, Binding] = {}
 
@@ -367,11 +366,3 @@ def _require_served(manifest: Manifest) -> None:
     if others or manifest.graph(GraphKind.ENCODE) is not None:
         what = f"states of the rule {', '.join(others)}" if others else "an encode graph"
         raise BundleRefused(f"it has {what}: on a device this build serves what continues texts by appended states")
-
-
-def _run_options(graph_id: int) -> ort.RunOptions:
-    options = ort.RunOptions()
-    options.add_run_config_entry("gpu_graph_id", str(graph_id))
-    # The one who reads the answer waits for it.
-    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-    return options
