@@ -7,6 +7,8 @@ filters are found by a bound first, and only their probabilities are sorted.
 Axes: vocabulary V.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -43,6 +45,17 @@ def uniform(seed: int, position: int, candidate: int = 0) -> float:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
         state ^= state >> 31
     return (state >> 11) * 2.0**-53
+
+
+def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
+    """Return `uniform` of many seeds and positions, bit for bit."""
+    state = np.array(seeds, np.uint64)  # unsigned arithmetic of numpy wraps around
+    for words in (0, np.array(positions, np.uint64), 0):
+        state += np.uint64(0x9E3779B97F4A7C15) * (np.asarray(words, np.uint64) + np.uint64(1))
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 class Sampler:

@@ -1,0 +1,276 @@
+"""Chooses tokens where the logits are: only token ids, and log-probabilities if asked for, come back.
+
+The bundle's sample graphs follow the rules of the host's `Sampler`: one without filters, one with, each run once for
+all rows of a step. Where more tokens pass a row's filters than the graph ranks, the row comes to the host, whose
+sampler then chooses. What rows want is uploaded when it has changed.
+
+Axes: rows B, vocabulary V, adjustments A.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from attendant.bundle import NOT_FINITE, NOT_RANKED, DType, GraphKind, GraphSpec, Role
+from service.bundle import BundleRefused, FoundBundle
+from service.engine.adjustments import ENTRY, Adjustments, adjusts
+from service.engine.binding import Binding
+from service.engine.captures import EAGER, captured_ids, run_options, warm_up
+from service.engine.device import Array, Buffer, Device
+from service.engine.runtime import create_session
+from service.engine.sampling import NotFinite, Sampler, uniforms
+from service.scheduling.plan import Sample
+from service.scheduling.request import SamplingParams, Token
+
+Outcome = Token | NotFinite | None
+"""A token; why there is none; or nothing, where none was wanted of a row."""
+
+_REQUEST = {Role.INVERSE_TEMPERATURE: DType.FLOAT32, Role.UNIFORM: DType.FLOAT64}
+_FILTERS = {Role.TOP_K: DType.INT64, Role.TOP_P: DType.FLOAT64, Role.MIN_P: DType.FLOAT32}
+_KEEPS_ALL = (0, 1.0, 0.0)
+_SAMPLE_GRAPHS = (GraphKind.SAMPLE, GraphKind.SAMPLE_FILTERED)
+
+
+class DeviceSampler:
+    """Chooses a token from each of the first rows of a device's logits. Not thread-safe.
+
+    Args:
+        found: a bundle whose files were verified.
+        logits: float32 [rows, V] on the device, where a step leaves them.
+        buckets: how many rows at a time are common, each captured by `capture`.
+
+    Raises:
+        BundleRefused: the bundle has no graphs to sample with, or they do not fit.
+        DeviceError: the device has not enough memory.
+    """
+
+    def __init__(self, found: FoundBundle, logits: Buffer, buckets: Sequence[int] = ()) -> None:
+        self._logits, self._device = logits, logits.device
+        self._max_rows, vocab_size = logits.shape
+        self._buckets = tuple(buckets)
+        captures = bool(buckets)
+        self._choosers = {kind: _Graph(found, kind, self._device, captures=captures) for kind in _SAMPLE_GRAPHS}
+        self._teller = _Graph(found, GraphKind.LOGPROBS, self._device, captures=False)
+        self._host = Sampler(vocab_size)
+        wanted = {**_REQUEST, **_FILTERS}
+        self._wanted = {role: _Mirror(self._device, (self._max_rows,), dtype) for role, dtype in wanted.items()}
+        self._choices = _Arriving(self._device, (self._max_rows,), DType.INT64)
+        self._told = {
+            tensor.role: _Arriving(self._device, _shape(tensor.axes, self._max_rows), tensor.dtype)
+            for tensor in self._teller.spec.outputs
+        }
+        self._rooms: dict[int, _Room] = {}
+        self._adjustments: dict[str, Adjustments] = {}
+        self._ids: dict[int, int] = {}
+        self._options = {graph_id: run_options(graph_id) for graph_id in (EAGER, *captured_ids(buckets).values())}
+        self._samples: Sequence[Sample | None] = ()
+
+    def choose(self, samples: Sequence[Sample | None]) -> list[Outcome]:
+        """Choose for rows [0, len(samples)) of the logits, and wait for the outcomes.
+
+        Where nothing is wanted of any row, none is looked at.
+        """
+        self.launch(samples)
+        return self.collect()
+
+    def launch(self, samples: Sequence[Sample | None]) -> None:
+        """Have the device choose, after what it was asked before."""
+        self._samples = samples
+        wanted = [sample for sample in samples if sample is not None]
+        if not wanted:
+            return
+        filtered = any(_filters(sample.request.sampling, self._logits.shape[1]) for sample in wanted)
+        num_rows = self._padded(len(samples))
+        self._upload(samples, filtered=filtered)
+        room = self._adjust(samples)
+        kind = GraphKind.SAMPLE_FILTERED if filtered else GraphKind.SAMPLE
+        self._run(kind, num_rows, room, self._ids.get(num_rows, EAGER) if room.size == 1 else EAGER)
+        self._choices.download(len(samples))
+        if any(sample.request.logprobs for sample in wanted):
+            self._tell(num_rows, len(samples))
+
+    def collect(self) -> list[Outcome]:
+        """Wait for what was launched and return its outcomes; before that, the logits must stay as they were."""
+        samples, self._samples = self._samples, ()
+        if not any(samples):
+            return [None] * len(samples)
+        self._device.synchronize()
+        return [self._outcome(row, sample) for row, sample in enumerate(samples)]
+
+    def capture(self) -> None:
+        """Capture the runs of every bucket in which no logits are adjusted, on the thread that is to choose."""
+        with self._device.exclusive:
+            room = self._room(1)
+            for kind in _SAMPLE_GRAPHS:
+                for num_rows, graph_id in warm_up(self._buckets):
+                    self._run(kind, num_rows, room, graph_id)
+            self._device.synchronize()
+        self._ids = captured_ids(self._buckets)
+
+    def _padded(self, num_rows: int) -> int:
+        """Return for how many rows the graph runs: few sizes, so that few are prepared."""
+        return next((size for size in self._buckets if size >= num_rows), num_rows)
+
+    def _run(self, kind: GraphKind, num_rows: int, room: "_Room", graph_id: int) -> None:
+        graph = self._choosers[kind]
+        binding = graph.bindings.get((num_rows, room.size))
+        if binding is None:
+            binding = graph.bindings[num_rows, room.size] = Binding(graph.session)
+            given = {Role.LOGITS: self._logits, **{role: mirror.buffer for role, mirror in self._wanted.items()}}
+            given |= {role: mirror.buffer for role, mirror in room.mirrors.items()}
+            for tensor in graph.spec.inputs:
+                binding.input(tensor.name, given[tensor.role][:num_rows])
+            binding.output(graph.spec.outputs[0].name, self._choices.buffer[:num_rows])
+        binding.run(self._options[graph_id])
+
+    def _tell(self, num_rows: int, num_wanted: int) -> None:
+        binding = self._teller.bindings.get((num_rows, 1))
+        if binding is None:
+            binding = self._teller.bindings[num_rows, 1] = Binding(self._teller.session)
+            given = {Role.LOGITS: self._logits, Role.CHOICES: self._choices.buffer}
+            for tensor in self._teller.spec.inputs:
+                binding.input(tensor.name, given[tensor.role][:num_rows])
+            for tensor in self._teller.spec.outputs:
+                binding.output(tensor.name, self._told[tensor.role].buffer[:num_rows])
+        binding.run(self._options[EAGER])
+        for arriving in self._told.values():
+            arriving.download(num_wanted)
+
+    def _upload(self, samples: Sequence[Sample | None], *, filtered: bool) -> None:
+        """Say what each row wants; who wants nothing is greedy, and needs no number."""
+        params = [None if sample is None else sample.request.sampling for sample in samples]
+        draws = [each is not None and not each.is_greedy for each in params]
+        inverse = [1.0 / each.temperature if draw and each else 0.0 for each, draw in zip(params, draws, strict=True)]
+        self._wanted[Role.INVERSE_TEMPERATURE].write(inverse)
+        if any(draws):
+            seeds = [each.seed if draw and each else 0 for each, draw in zip(params, draws, strict=True)]
+            positions = [sample.position if sample else 0 for sample in samples]
+            self._wanted[Role.UNIFORM].write(uniforms(seeds, positions) * np.array(draws))
+        if filtered:
+            wanted = [(each.top_k, each.top_p, each.min_p) if each else _KEEPS_ALL for each in params]
+            for role, values in zip(_FILTERS, zip(*wanted, strict=True), strict=True):
+                self._wanted[role].write(values)
+
+    def _adjust(self, samples: Sequence[Sample | None]) -> "_Room":
+        """Say which logits change, in the smallest room that is enough for each row."""
+        before, self._adjustments = self._adjustments, {}
+        rows: list[Adjustments | None] = [None] * len(samples)
+        for row, sample in enumerate(samples):
+            if sample is not None and adjusts(sample):
+                known = before.get(sample.request.request_id)
+                if known is None or not known.continues_with(sample):
+                    known = Adjustments(sample.request)
+                known.advance(sample)
+                rows[row] = self._adjustments[sample.request.request_id] = known
+        room = self._room(max((each.size for each in rows if each is not None), default=1))
+        room.write(rows)
+        return room
+
+    def _room(self, size: int) -> "_Room":
+        size = 1 << (size - 1).bit_length()
+        if size not in self._rooms:
+            self._rooms[size] = _Room(self._device, self._max_rows, size)
+        return self._rooms[size]
+
+    def _outcome(self, row: int, sample: Sample | None) -> Outcome:
+        choice = int(self._choices.array[row])
+        if choice == NOT_FINITE:
+            return NotFinite("the logits are not finite")
+        if sample is None:
+            return None
+        if choice == NOT_RANKED:
+            return self._choose_on_host(row, sample)
+        request = sample.request
+        if not request.logprobs:
+            return Token(choice)
+        ids, logprobs = (self._told[role].array[row] for role in (Role.TOP_IDS, Role.TOP_LOGPROBS))
+        top = zip(ids[: request.top_logprobs].tolist(), logprobs[: request.top_logprobs].tolist(), strict=True)
+        return Token(choice, float(self._told[Role.LOGPROBS].array[row]), tuple(top))
+
+    def _choose_on_host(self, row: int, sample: Sample) -> Token:
+        logits = self._device.host_array((1, self._logits.shape[1]), DType.FLOAT32)
+        self._device.download(self._logits[row : row + 1], logits)
+        self._device.synchronize()
+        return self._host.choose(logits[0], int(logits[0].argmax()), sample)
+
+
+class _Graph:
+    """One of the bundle's graphs: what the manifest says, the session, and what was bound, by rows and adjustments."""
+
+    def __init__(self, found: FoundBundle, kind: GraphKind, device: Device, *, captures: bool) -> None:
+        spec = found.manifest.graph(kind)
+        if spec is None:
+            raise BundleRefused(f"it has no {kind} graph: export it again for the target 'cuda'")
+        self.spec: GraphSpec = spec
+        self.session = create_session(found.directory, spec, device, captures=captures)
+        self.bindings: dict[tuple[int, int], Binding] = {}
+
+
+class _Mirror:
+    """An array of the host [rows, ...] and its copy on the device, which is renewed where it differs."""
+
+    def __init__(self, device: Device, shape: tuple[int, ...], dtype: DType, neutral: float = 0) -> None:
+        self.array = np.full(shape, neutral, dtype.value)
+        self.buffer = device.allocate(shape, dtype)
+        device.upload(self.array, self.buffer)
+
+    def write(self, values: Sequence[float] | Array) -> None:
+        """Set the first rows."""
+        known, fresh = self.array[: len(values)], np.asarray(values, self.array.dtype)
+        if not np.array_equal(known, fresh):
+            known[:] = fresh
+            self.upload(len(values))
+
+    def upload(self, num_rows: int) -> None:
+        """Copy the first rows to the device."""
+        self.buffer.device.upload(self.array[:num_rows], self.buffer[:num_rows])
+
+
+class _Room:
+    """Adjustments of every row, `size` entries each; a row is written again only when its adjustments changed."""
+
+    def __init__(self, device: Device, num_rows: int, size: int) -> None:
+        self.size = size
+        self.mirrors = {
+            role: _Mirror(device, (num_rows, size), dtype, neutral) for role, (dtype, neutral) in ENTRY.items()
+        }
+        self._written: list[tuple[Adjustments | None, int]] = [(None, 0)] * num_rows
+
+    def write(self, rows: Sequence[Adjustments | None]) -> None:
+        """Set the first rows; None is one that changes nothing."""
+        changed = False
+        for row, adjustments in enumerate(rows):
+            state = (adjustments, adjustments.version if adjustments else 0)
+            if self._written[row] == state:
+                continue
+            self._written[row], changed = state, True
+            if adjustments is not None:
+                adjustments.write({role: mirror.array[row] for role, mirror in self.mirrors.items()})
+                continue
+            for role, (_, neutral) in ENTRY.items():
+                self.mirrors[role].array[row] = neutral
+        if changed:
+            for mirror in self.mirrors.values():
+                mirror.upload(len(rows))
+
+
+class _Arriving:
+    """A result on the device, and where its first rows arrive on the host."""
+
+    def __init__(self, device: Device, shape: tuple[int, ...], dtype: DType) -> None:
+        self.buffer = device.allocate(shape, dtype)
+        self.array = device.host_array(shape, dtype)
+
+    def download(self, num_rows: int) -> None:
+        """Have the first rows brought to the host."""
+        self.buffer.device.download(self.buffer[:num_rows], self.array[:num_rows])
+
+
+def _filters(params: SamplingParams, vocab_size: int) -> bool:
+    if params.is_greedy:
+        return False
+    return 0 < params.top_k < vocab_size or params.top_p < 1.0 or params.min_p > 0.0
+
+
+def _shape(axes: Sequence[int | str], num_rows: int) -> tuple[int, ...]:
+    return tuple(num_rows if isinstance(axis, str) else axis for axis in axes)
