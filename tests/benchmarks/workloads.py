@@ -23,11 +23,13 @@ class Workload:
     output_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
+    vocab_size: int = VOCAB
 
     def prompts(self) -> list[tuple[int, ...]]:
         """Return the prompts, the same ones every time."""
         rng = random.Random(self.name)
-        return [tuple(rng.randrange(3, VOCAB) for _ in range(self.prompt_tokens)) for _ in range(self.requests)]
+        lengths = [self.prompt_tokens] * self.requests
+        return [tuple(rng.randrange(3, self.vocab_size) for _ in range(length)) for length in lengths]
 
     @property
     def generated_tokens(self) -> int:
