@@ -7,12 +7,14 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from pydantic import ValidationError
 
 from attendant.bundle import SamplingDefaults
 from export import own_model
-from export.bundle import PRECISIONS, ExportRefused, Target, export_bundle
-from models import checkpoint
+from export.bundle import CPU_PRECISIONS, CUDA_PRECISIONS, ExportRefused, Target, export_bundle
+from export.half import HALF_TYPES
+from models import checkpoint, synthetic
 from models.checkpoint import TrainedModel
 from models.readers import gguf, huggingface
 from models.readers.packaged import MINILM, SMOLLM2, PackagedWeights
@@ -61,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("source", nargs="?", type=Path, help="a checkpoint, a GGUF file or a Hugging Face directory")
     parser.add_argument("--pretrained", choices=sorted(PRETRAINED), help="weights of an installed package, not SOURCE")
     parser.add_argument(
+        "--synthetic", choices=sorted(synthetic.SHAPES), help="random weights of this shape for sizing, not SOURCE"
+    )
+    parser.add_argument(
         "--module",
         metavar="FILE.py:FUNCTION",
         help="a model of your own, not SOURCE: FUNCTION() returns a models.checkpoint.TrainedModel",
@@ -71,7 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("repository", type=Path, help="the bundle becomes REPOSITORY/NAME/VERSION")
     parser.add_argument("--name", required=True, help="what callers ask for")
     parser.add_argument("--version", type=int, default=1, help="a positive number (default: 1)")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: fp32")
+    parser.add_argument(
+        "--precision",
+        choices=(*CPU_PRECISIONS, *CUDA_PRECISIONS),
+        default="fp32",
+        help="fp32 (default) and int8 are for the CPU, fp16 and bf16 for CUDA",
+    )
     parser.add_argument("--max-model-len", type=int, metavar="TOKENS", help="longest sequence (default: the model's)")
     parser.add_argument(
         "--sampling-default",
@@ -92,12 +102,14 @@ def _parser() -> argparse.ArgumentParser:
 def _read(given: argparse.Namespace) -> tuple[TrainedModel, SamplingDefaults | None]:
     """Return the model, and what its authors advise for sampling if that is known."""
     source: Path | None = given.source
-    if [source, given.pretrained, given.module].count(None) != 2:
-        raise ValueError("name one of SOURCE, --pretrained and --module")
+    if [source, given.pretrained, given.synthetic, given.module].count(None) != 3:
+        raise ValueError("name one of SOURCE, --pretrained, --synthetic and --module")
     if given.checkpoint is not None and given.module is None:
         raise ValueError("--checkpoint holds the weights of a --module; name a checkpoint of ours as SOURCE")
     if given.module is not None:
         return own_model.read(given.module, given.checkpoint), None
+    if given.synthetic is not None:
+        return synthetic.draw(given.synthetic, HALF_TYPES.get(given.precision, torch.float32)), None
     if source is None:
         weights, advised = PRETRAINED[given.pretrained]
         return weights.read(), advised

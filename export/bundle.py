@@ -20,6 +20,7 @@ from export.encoder import export_encoder
 from export.errors import ExportRefused
 from export.explain_graph import add_explain_graph
 from export.generating import export_generating
+from export.half import HALF_TYPES
 from export.parts import Parts, Report
 from export.source import TextSource, source_of, target_config
 from export.text import QUALITY, tokens_of
@@ -32,9 +33,11 @@ from models.masked_lm import MaskedLanguageModel
 from models.model import Model
 from models.vision import VisionTransformer
 
-__all__ = ["PRECISIONS", "ExportRefused", "Target", "export_bundle"]
+__all__ = ["CPU_PRECISIONS", "CUDA_PRECISIONS", "ExportRefused", "Target", "export_bundle"]
 
-PRECISIONS = ("fp32", "int8")
+CPU_PRECISIONS = ("fp32", "int8")
+CUDA_PRECISIONS = tuple(HALF_TYPES)
+_PRECISIONS = (*CPU_PRECISIONS, *CUDA_PRECISIONS)
 _MIN_MODEL_LEN = 16  # what the golden run and the checks need
 
 Export = Callable[[Path, TrainedModel, str, int, NDArray[np.int64], Report], Parts]
@@ -85,10 +88,12 @@ def export_bundle(
     Args:
         model: what to export.
         target: where to; an existing bundle is replaced with `force` only.
-        precision: one of `PRECISIONS`.
+        precision: one of `CPU_PRECISIONS` or, of decoders that continue texts, of `CUDA_PRECISIONS`; it says which
+            processor the bundle is for.
         max_model_len: longest sequence to serve; the decoder's own limit by default.
         sampling_defaults: what to advise where a request is silent.
-        explain: add a graph that shows attention weights; where None, unless it would make the bundle much larger.
+        explain: add a graph that shows attention weights; where None, unless it would make the bundle much larger or
+            the bundle is for CUDA.
         force: replace a bundle of the same name and version.
         report: takes one line for every stage and check.
 
@@ -97,8 +102,12 @@ def export_bundle(
     """
     limit, export = _architecture(model.module)
     length = limit if max_model_len is None else max_model_len
-    if precision not in PRECISIONS:
-        raise ExportRefused(f"precision is {precision!r}: export knows {' and '.join(PRECISIONS)}")
+    if precision not in _PRECISIONS:
+        raise ExportRefused(f"precision is {precision!r}: export knows {', '.join(_PRECISIONS)}")
+    if precision in CUDA_PRECISIONS and export is not export_generating:
+        raise ExportRefused(f"precision is {precision!r}: only decoders that continue texts are exported for CUDA")
+    if precision in CUDA_PRECISIONS and explain:
+        raise ExportRefused(f"precision is {precision!r}: explain graphs are of bundles for the CPU, in fp32 or int8")
     if model.tokenizer is not None and not _MIN_MODEL_LEN <= length <= limit:
         raise ExportRefused(f"max_model_len is {length}: it must lie in {_MIN_MODEL_LEN} to {limit} tokens")
     if target.directory.exists() and not force:
@@ -108,7 +117,7 @@ def export_bundle(
     try:
         text = np.zeros(0, np.int64) if model.tokenizer is None else tokens_of(QUALITY, model.tokenizer.json)
         parts = export(scratch, model, precision, length, text, report)
-        if explain is not False:
+        if explain is not False and parts.target == "cpu":
             parts = add_explain_graph(scratch, model.module, parts, explain, report)
         vocabulary, source_vocabulary = _write_tokenizers(model, scratch)
         manifest = Manifest(
@@ -117,7 +126,7 @@ def export_bundle(
             family=parts.family,
             tasks=parts.tasks,
             precision=precision,
-            target="cpu",
+            target=parts.target,
             limits=parts.limits,
             vocabulary=vocabulary,
             source_vocabulary=source_vocabulary,

@@ -27,6 +27,7 @@ PARITY_BOUND = 1e-4
 GREEDY_MARGIN = 1e-3
 QUALITY_BOUND = 0.015
 QUALITY_TOKENS, QUALITY_WINDOW = 16_384, 512
+HALF_QUALITY_BOUND, HALF_QUALITY_TOKENS = 0.002, 8192
 _LENGTHS = (2, 3, 17, 64, 191)
 _PASTS = (1, 2, 16, 63, 128)
 _CHUNKS = (2, 5, 32)
@@ -49,7 +50,7 @@ class Oracle:
         """Return logits [N, V] of a text [N], about a source if the model writes about one."""
         given = [torch.from_numpy(each)[None] for each in (source, text) if each is not None]
         with torch.no_grad():
-            logits: NDArray[np.float32] = self._model(*given)[0].numpy()
+            logits: NDArray[np.float32] = self._model(*given)[0].float().numpy()
         return logits
 
 
@@ -81,7 +82,42 @@ def certify(
     if precision != "int8":
         return Certificate(checks=checks)
     assert text is not None, "the quality of an 8-bit graph is measured on a text"
-    quality = _quality(runner, oracle, text)
+    return Certificate(checks=checks, quality=check_quality(_quality(runner, oracle, text), report))
+
+
+def half_quality(original: Model, half: Model, text: Tokens, window: int, report: Report) -> Quality:
+    """Compare a decoder in half precision with its fp32 original, both in PyTorch, on the quality text.
+
+    Args:
+        original: in fp32.
+        half: the same, rounded; it computes in its type.
+        text: token ids of the quality text.
+        window: how many tokens are predicted in one go.
+        report: takes one line.
+
+    Raises:
+        ExportRefused: the text became too unlikely; the message says by how much.
+    """
+    reference, rounded = (
+        text_log_likelihoods(
+            Oracle(each).all_logits, text, window=min(QUALITY_WINDOW, window), num_tokens=HALF_QUALITY_TOKENS
+        )
+        for each in (original, half)
+    )
+    if not np.isfinite(rounded).all():
+        raise ExportRefused(
+            "the certificate failed: logits are not finite in half precision: an activation is too large for the type;"
+            " fp16 ends at 65504, bf16 does not"
+        )
+    return check_quality(compare_quality(reference, rounded, text=QUALITY.name, bound=HALF_QUALITY_BOUND), report)
+
+
+def check_quality(quality: Quality, report: Report) -> Quality:
+    """Report what rounding cost on a text, and return it.
+
+    Raises:
+        ExportRefused: more than is allowed.
+    """
     line = (
         f"perplexity on {quality.num_tokens} tokens: {quality.perplexity:.3f} against"
         f" {quality.reference_perplexity:.3f}, {quality.relative_increase:+.2%} with a standard error of"
@@ -90,7 +126,7 @@ def certify(
     report(f"  {line}")
     if not quality.relative_increase <= quality.bound:
         raise ExportRefused(f"the certificate failed: {line}")
-    return Certificate(checks=checks, quality=quality)
+    return quality
 
 
 def run_checks(checks: Iterable[Check], report: Report) -> tuple[Check, ...]:

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from attendant.bundle import TOKENS, Limits
 from export import manifest as describe
 from export.certificate import certify
+from export.cuda import export_for_cuda
 from export.decoder import appended, obstacle, write_fast_step
 from export.errors import ExportRefused
 from export.golden import record_golden
+from export.half import HALF_TYPES
 from export.parts import Parts, Report
 from export.runner import Runner
 from export.samples import NUM_ROWS, about_sources, of_text
@@ -34,7 +36,7 @@ def export_generating(
     Args:
         directory: where the bundle is being made.
         model: with a module that goes step by step.
-        precision: "fp32"; or "int8", which decoders that continue texts have.
+        precision: "fp32"; or, for decoders that continue texts, "int8", or "fp16" or "bf16" for CUDA.
         max_model_len: longest sequence to serve, in tokens.
         text: token ids of the quality text, on which a model that continues texts is checked.
         report: takes one line for every stage and check.
@@ -45,6 +47,8 @@ def export_generating(
     module, tokenizer = model.module, model.tokenizer
     source, why_traced = source_of(module), obstacle(module)
     _refuse_unfit(model, precision, source, why_traced)
+    if precision in HALF_TYPES:
+        return export_for_cuda(directory, model, precision, max_model_len, _CACHE_TOKENS, text, report)
     states = describe.states(module, source)
     vocab_size, chunk = target_config(module).vocab_size, None
     if why_traced is None:

@@ -14,7 +14,6 @@ from export import operators
 from export.layers import Norm, activate
 from export.linear import Kernels
 from export.weights import CrossWeights, DecoderWeights, LayerWeights, pack
-from models.attention.positions import Rotary
 from models.decoder_config import DecoderConfig
 
 KeyValue = tuple[Tensor, Tensor]
@@ -50,9 +49,9 @@ class StepGraph(nn.Module):
         self.register_buffer(
             "positions", None if weights.positions is None else weights.positions[:max_model_len].clone()
         )
-        cosines, sines = _rotation(self.config, max_model_len)
-        self.register_buffer("cosines", cosines)
-        self.register_buffer("sines", sines)
+        cosines, sines = weights.rotation or (None, None)
+        self.register_buffer("cosines", None if cosines is None else cosines[:max_model_len].clone())
+        self.register_buffer("sines", None if sines is None else sines[:max_model_len].clone())
         self.layers = nn.ModuleList(_Layer(layer, kernels, self.config) for layer in weights.layers)
         self.final_norm = Norm(weights.final_norm, self.config.norm_eps)
         self.lm_head = kernels.logits([weights.lm_head])
@@ -77,7 +76,7 @@ class StepGraph(nn.Module):
             states: of each layer keys and values [B, K, M, D] of the past and, where there is a source, those of it.
 
         Returns:
-            Logits [L, vocabulary], and the keys and values of the past extended.
+            Logits float32 [L, vocabulary], and the keys and values of the past extended.
         """
         each = len(states) // len(self.layers)
         source_mask = None
@@ -102,15 +101,16 @@ class StepGraph(nn.Module):
                 context, hidden = context.index_select(0, logits_index), hidden.index_select(0, logits_index)
             next_norm = self.final_norm if is_last else self.layers[index + 1].attention_norm
             normalised, hidden = layer.advance(context, hidden, next_norm)
-        return self.lm_head(normalised)[0], present
+        return self.lm_head(normalised)[0].float(), present
 
     def _embed(self, token_ids: Tensor, step: _Step) -> Tensor:
         """Return the embeddings [T, E] of the new tokens, positions added where the model adds any."""
         hidden = self.token_embedding(token_ids.reshape(-1))
         if self.positions is None:
             return hidden
-        num_tokens = step.shape[1]
-        position = step.last_position[:, None].long() - (num_tokens - 1) + torch.arange(num_tokens)
+        # Counted down to 0, so that the number of tokens, which the host knows, never meets a tensor of the device.
+        behind = torch.arange(step.shape[1] - 1, -1, -1)
+        position = step.last_position[:, None].long() - behind
         return hidden + self.positions.index_select(0, position.reshape(-1))
 
 
@@ -179,11 +179,3 @@ class _Cross(nn.Module):
         heads = query.reshape(*step.shape, self.num_heads, -1).transpose(1, 2)  # [B, N, S, D]
         context = operators.cross_attention(heads, key, value, step.source_mask)
         return context.transpose(1, 2).reshape(query.shape)
-
-
-def _rotation(config: DecoderConfig, max_model_len: int) -> tuple[Tensor | None, Tensor | None]:
-    """Return cosines and sines [max_model_len, D / 2], or nothing where positions are not rotary."""
-    if config.positions != "rotary":
-        return None, None
-    rotary = Rotary(config.head_dim, theta=config.rope_theta, interleaved=config.rope_interleaved)
-    return rotary.angles(torch.arange(max_model_len))

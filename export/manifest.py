@@ -112,7 +112,9 @@ def vocabulary(tokenizer: TokenizerInfo, size: int, file: str) -> Vocabulary:
 
 def provenance(model: TrainedModel) -> Provenance:
     """Describe where the weights come from."""
-    return Provenance(source=model.source, licence=model.licence, recipe=model.recipe, data=model.data)
+    return Provenance(
+        source=model.source, licence=model.licence, recipe=model.recipe, data=model.data, synthetic=model.synthetic
+    )
 
 
 def producer() -> Producer:

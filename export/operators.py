@@ -54,7 +54,7 @@ def group_query_attention(
             "rotary_interleaved": int(rotary_interleaved),
             "local_window_size": -1 if window is None else window,
         },
-        dtypes=(torch.float32, past[0].dtype, past[1].dtype),
+        dtypes=(query_key_value.dtype, past[0].dtype, past[1].dtype),
         shapes=((rows, tokens, num_heads * head_dim), past[0].shape, past[1].shape),
         version=1,
     )
@@ -151,7 +151,7 @@ def skip_norm(hidden: Tensor, skip: Tensor, gain: Tensor, bias: Tensor | None, e
         "com.microsoft::SkipSimplifiedLayerNormalization",
         (hidden, skip, gain),
         {"epsilon": eps},
-        dtypes=(torch.float32,) * 4,
+        dtypes=(hidden.dtype, torch.float32, torch.float32, hidden.dtype),
         shapes=(hidden.shape, statistics, statistics, hidden.shape),
         version=1,
     )

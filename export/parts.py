@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from attendant.bundle import Certificate, Classes, Embedding, Explain, Golden, GraphSpec, ImageInput, Limits, StateSpec
 
@@ -25,3 +25,4 @@ class Parts:
     explain: Explain | None = None
     image: ImageInput | None = None
     classes: Classes | None = None
+    target: Literal["cpu", "cuda"] = "cpu"

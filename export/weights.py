@@ -3,7 +3,9 @@
 Nothing here computes the model: `models.decoder` is the oracle and `export.graph` the served graph.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ def pack(*maps: Affine) -> Affine:
     weight = torch.cat([each.weight for each in maps])
     if all(each.bias is None for each in maps):
         return Affine(weight=weight)
-    biases = [torch.zeros(len(each.weight)) if each.bias is None else each.bias for each in maps]
+    biases = [weight.new_zeros(len(each.weight)) if each.bias is None else each.bias for each in maps]
     return Affine(weight=weight, bias=torch.cat(biases))
 
 
@@ -67,12 +69,14 @@ class LayerWeights:
 class DecoderWeights:
     """A whole decoder: `token_embedding` [vocab, d_model], `positions` [max_model_len, d_model] or None.
 
-    Where embeddings are tied, `lm_head.weight` is the same tensor as `token_embedding`.
+    `rotation` is cosines and sines [max_model_len, D / 2], of head width D, or None where positions are not rotary.
+    Where embeddings are tied, `lm_head.weight` is the same tensor as `token_embedding`. All are of one dtype.
     """
 
     config: DecoderConfig
     token_embedding: Tensor
     positions: Tensor | None
+    rotation: tuple[Tensor, Tensor] | None
     layers: tuple[LayerWeights, ...]
     final_norm: NormWeights
     lm_head: Affine
@@ -89,16 +93,45 @@ def decoder_weights(decoder: Decoder) -> DecoderWeights:
         config=decoder.config,
         token_embedding=token_embedding,
         positions=_positions(decoder),
+        rotation=_rotation(decoder),
         layers=tuple(_layer(layer) for layer in decoder.layers),
         final_norm=norm_weights(decoder.final_norm),
         lm_head=lm_head,
     )
 
 
+def map_tensors(weights: DecoderWeights, change: Callable[[Tensor], Tensor]) -> DecoderWeights:
+    """Return weights of which every tensor is changed; what was one tensor before is one afterwards."""
+    changed: dict[int, Tensor] = {}
+
+    def visit(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return changed.setdefault(id(part), change(part))
+        if isinstance(part, tuple):
+            return tuple(visit(each) for each in part)
+        if is_dataclass(part) and not isinstance(part, DecoderConfig):
+            return replace(part, **{field.name: visit(getattr(part, field.name)) for field in fields(part)})
+        return part
+
+    mapped: DecoderWeights = visit(weights)
+    return mapped
+
+
 def _positions(decoder: Decoder) -> Tensor | None:
     if decoder.position_embedding is None:
         return None
-    return decoder.position_embedding(torch.arange(decoder.config.max_model_len)).detach()
+    positions = decoder.position_embedding(torch.arange(decoder.config.max_model_len)).detach()
+    return positions.to(decoder.token_embedding.weight.dtype)
+
+
+def _rotation(decoder: Decoder) -> tuple[Tensor, Tensor] | None:
+    """Return the tables of the first layer, which are those of all."""
+    rotary = decoder.layers[0].attention.rotary
+    if rotary is None:
+        return None
+    cosines, sines = rotary.angles(torch.arange(decoder.config.max_model_len))
+    dtype = decoder.token_embedding.weight.dtype
+    return cosines.to(dtype), sines.to(dtype)
 
 
 def _layer(layer: TransformerLayer) -> LayerWeights:

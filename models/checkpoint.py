@@ -81,7 +81,7 @@ class TrainedModel:
     is no text. `source_tokenizer` is that of an encoder's source if it differs. `labels` name a classifier's classes.
     `embedding` says how an encoder's vectors become one.
     `source` names the origin, `licence` is an SPDX identifier where one exists, `recipe` and `data` are set for
-    models trained here.
+    models trained here; `synthetic` says that weights are random, for sizing only.
     """
 
     module: Model
@@ -93,6 +93,7 @@ class TrainedModel:
     embedding: EmbeddingInfo | None = None
     recipe: str | None = None
     data: str | None = None
+    synthetic: bool = False
 
 
 def save(model: TrainedModel, directory: str | Path, *, half: bool = False) -> None:
@@ -125,6 +126,7 @@ def save(model: TrainedModel, directory: str | Path, *, half: bool = False) -> N
             "licence": model.licence,
             "recipe": model.recipe,
             "data": model.data,
+            "synthetic": model.synthetic,
         }
         (scratch / CONFIG).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         scratch.chmod(0o755)  # mkdtemp makes directories private, and save_file files
@@ -182,6 +184,7 @@ def _assemble(document: dict[str, Any], directory: Path) -> TrainedModel:
         licence=document["licence"],
         recipe=document["recipe"],
         data=document["data"],
+        synthetic=document.get("synthetic", False),
     )
 
 

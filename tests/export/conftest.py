@@ -7,7 +7,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from export.bundle import PRECISIONS, Target, export_bundle
+from export.bundle import CPU_PRECISIONS, Target, export_bundle
 from models.checkpoint import TokenizerInfo, TrainedModel
 from models.decoder import Decoder
 from models.decoder_config import DecoderConfig
@@ -95,7 +95,7 @@ def exported(family: TrainedModel, tmp_path_factory: pytest.TempPathFactory) -> 
     """The bundles of one family, by precision."""
     repository = tmp_path_factory.mktemp("bundles")
     bundles = {}
-    for precision in PRECISIONS:
+    for precision in CPU_PRECISIONS:
         target = Target(repository=repository, name=precision, version=3)
         export_bundle(family, target, precision=precision, report=lambda line: None)
         bundles[precision] = Exported(family, target.directory)

@@ -5,7 +5,7 @@ import onnx
 import pytest
 import torch
 
-from export.bundle import PRECISIONS
+from export.bundle import CPU_PRECISIONS
 from export.certificate import chunk_sizes
 from export.runner import Runner
 
@@ -55,7 +55,7 @@ def test_rows_of_any_lengths_decode_together(exported):
                 assert near(logits[row], oracle(exported, text)[length + step])
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", CPU_PRECISIONS)
 def test_logits_are_those_of_the_positions_asked_for_in_that_order(exported, precision):
     runner, text = runner_of(exported, precision), random_text(3, 20)
     every = runner.all_logits(text)
@@ -63,7 +63,7 @@ def test_logits_are_those_of_the_positions_asked_for_in_that_order(exported, pre
     assert np.array_equal(runner.step(text[None], [20], wanted), every[wanted])
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", CPU_PRECISIONS)
 def test_neighbours_chunks_and_threads_change_no_bit(exported, precision):
     generator = np.random.default_rng(4)
     one, two = (runner_of(exported, precision, num_threads=threads) for threads in (1, 2))
@@ -80,7 +80,7 @@ def test_neighbours_chunks_and_threads_change_no_bit(exported, precision):
         assert np.array_equal(alone[0], together[row])
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", CPU_PRECISIONS)
 def test_a_step_writes_its_own_positions_of_its_own_rows_only(exported, precision):
     runner, text = runner_of(exported, precision), random_text(5)
     for row in range(NUM_ROWS):
@@ -99,13 +99,13 @@ def test_an_8_bit_graph_finds_the_text_as_likely_as_the_decoder_does(exported):
     assert np.corrcoef(measured.ravel(), expected.ravel())[0, 1] > 0.99
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", CPU_PRECISIONS)
 def test_a_session_loads_without_a_warning(exported, precision, capfd):
     runner_of(exported, precision)
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", CPU_PRECISIONS)
 def test_the_graph_is_valid_onnx_with_named_axes(exported, precision):
     path = exported[precision].directory / "step.onnx"
     model = onnx.load(path, load_external_data=False)

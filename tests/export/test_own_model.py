@@ -86,6 +86,6 @@ def test_weights_that_do_not_fit_are_named(tmp_path, weights, capsys):
 
 def test_one_source_of_a_model_is_named(tmp_path, capsys):
     assert main(["--module", SPEC, "--pretrained", "smollm2-135m", str(tmp_path), "--name", "x"]) == 1
-    assert "name one of SOURCE, --pretrained and --module" in capsys.readouterr().err
+    assert "name one of SOURCE, --pretrained, --synthetic and --module" in capsys.readouterr().err
     assert main(["--pretrained", "smollm2-135m", "--checkpoint", "x", str(tmp_path), "--name", "x"]) == 1
     assert "--checkpoint holds the weights of a --module" in capsys.readouterr().err
