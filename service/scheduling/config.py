@@ -25,6 +25,8 @@ class SchedulerConfig:
             what lies at each position.
         joins_prompts: whether short prompts of neighbouring slots may be read in one run, padded to the longest, where
             that is foreseen to be faster.
+        row_buckets: how many decode rows a step may have, rising up to `num_slots`: they begin at slot 0 and are filled
+            up with parked ones. Without any, a step has as many as lie between the lowest and the highest.
     """
 
     num_slots: int
@@ -38,6 +40,7 @@ class SchedulerConfig:
     window: int | None = None
     reuses_prefixes: bool = False
     joins_prompts: bool = False
+    row_buckets: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name, least in (("num_slots", 1), ("capacity", 2), ("chunk_tokens", 4), ("idle_chunk_tokens", 4)):
@@ -52,6 +55,9 @@ class SchedulerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, must be at least 1")
+        buckets = self.row_buckets
+        if buckets and (list(buckets) != sorted(set(buckets)) or buckets[0] < 1 or buckets[-1] != self.num_slots):
+            raise ValueError(f"row_buckets is {buckets}, must rise from at least 1 to num_slots, {self.num_slots}")
         if self.kv_budget < rounded(self.held(self.capacity)):
             raise ValueError(
                 f"kv_budget is {self.kv_budget}, must hold one sequence of {rounded(self.held(self.capacity))} tokens"

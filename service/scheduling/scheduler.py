@@ -36,6 +36,7 @@ from service.scheduling.plan import (
 )
 from service.scheduling.prefixes import NOTHING, Prefix, Prefixes
 from service.scheduling.request import Finish, FinishReason, Hypothesis, Request, Token
+from service.scheduling.row_buckets import bucket_of
 from service.scheduling.sequence import Branch, LiveSequence, Occupancy, Phase, Snapshot, view_of
 from service.scheduling.shares import Shares
 from service.scheduling.slots import SlotLedger, rounded
@@ -365,11 +366,16 @@ class Scheduler:
                 yield sequence, branch
 
     def _hole(self) -> int | None:
-        """Return the lowest free slot between decode rows: as a parked row it would cost every step."""
+        """Return the lowest free slot between decode rows, if as a parked row it would cost every step."""
         slots = [branch.slot for _, branch in self._decoding()]
         if not slots:
             return None
-        return min((slot for slot in self._ledger.free if min(slots) < slot < max(slots)), default=None)
+        lowest, highest = min(slots), max(slots)
+        if buckets := self.config.row_buckets:
+            if bucket_of(highest + 1, buckets) == bucket_of(len(slots), buckets):
+                return None
+            lowest = -1
+        return min((slot for slot in self._ledger.free if lowest < slot < highest), default=None)
 
     def _fill(self, hole: int, memory: list[Release | Move]) -> bool:
         """Move the highest decode row into the hole, if memory holds both copies for a moment."""
@@ -398,16 +404,22 @@ class Scheduler:
         return tuple(encodes)
 
     def _decode_rows(self, now: float) -> tuple[int, tuple[Row, ...]]:
-        """Return the first slot and the rows of all slots from the lowest to the highest that decodes."""
+        """Return the first slot and the rows of all slots from the lowest to the highest that decodes.
+
+        With buckets: from slot 0, as many as the smallest bucket that holds them.
+        """
         decoding = {branch.slot: (sequence, branch) for sequence, branch in self._decoding()}
         if not decoding:
             return 0, ()
+        first, stop = min(decoding), max(decoding) + 1
+        if buckets := self.config.row_buckets:
+            first, stop = 0, bucket_of(stop, buckets)
         lengths = {s.branches[0].slot: s.num_computed + 1 for s in self._in(Phase.PREFILL)}
         rows = tuple(
             self._row(*decoding[slot], now) if slot in decoding else self._parked(slot, lengths.get(slot))
-            for slot in range(min(decoding), max(decoding) + 1)
+            for slot in range(first, stop)
         )
-        return min(decoding), rows
+        return first, rows
 
     def _parked(self, slot: int, length: int | None) -> Row:
         """Return a row that writes into a prompt's next position, or, in a free slot, behind what it still holds."""

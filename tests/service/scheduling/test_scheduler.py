@@ -19,6 +19,7 @@ from service.scheduling.config import SchedulerConfig
 from service.scheduling.invariants import violations
 from service.scheduling.plan import Event, FailureEvent, Release, Sample, SearchEvent, StepPlan, StepResult, TokenEvent
 from service.scheduling.request import Beam, FinishReason, Hypothesis, Request, Source, Token
+from service.scheduling.row_buckets import row_buckets
 from service.scheduling.scheduler import Scheduler, chunk_length
 from service.scheduling.slots import rounded
 from service.scheduling.work import Phase, Work
@@ -196,6 +197,7 @@ class Walk:
     def step(self, cancel_midway: Sequence[str] = ()) -> list[Event]:
         plan = self.scheduler.schedule(self.now)
         self.check()
+        self.check_rows(plan)
         result = self.engine.execute(plan)
         for name in cancel_midway:
             self.cancel(name)
@@ -215,6 +217,18 @@ class Walk:
             if event.finish is not None:
                 self.finished[name] = event.finish.reason
         return events
+
+    def check_rows(self, plan: StepPlan) -> None:
+        """The rows are as few as hold every real one; with buckets from slot 0 and in number one of them."""
+        if not plan.rows:
+            return
+        real = [index for index, row in enumerate(plan.rows) if row.request_id is not None]
+        buckets = self.scheduler.config.row_buckets
+        if not buckets:
+            assert (real[0], real[-1]) == (0, len(plan.rows) - 1)
+            return
+        assert plan.first_slot == 0 and len(plan.rows) in buckets
+        assert len(plan.rows) == min(size for size in buckets if size > real[-1])
 
     def check(self) -> None:
         snapshot, occupancy = self.scheduler.snapshot(), self.scheduler.occupancy()
@@ -294,6 +308,7 @@ def test_in_a_random_walk_every_request_gets_exactly_what_it_gets_alone(seed: in
         window=(window := rng.choice([None, None, 20])),
         reuses_prefixes=chunk is None and window is None,
         joins_prompts=chunk is None and window is None and rng.random() < 0.7,
+        row_buckets=[(), row_buckets(slots), tuple(sorted({(slots + 1) // 2, slots}))][seed % 3],
     )
     walk = Walk(settings)
     requests: dict[str, Request] = {}
@@ -511,6 +526,27 @@ def test_decode_rows_are_closed_up_when_a_row_finishes_and_nobody_waits() -> Non
     assert len(plan.memory) <= 1
     walk.engine.execute(plan)
     assert len(plan.rows) == sum(row.sample is not None for row in plan.rows)
+
+
+def test_with_buckets_rows_are_moved_only_where_that_makes_a_smaller_step() -> None:
+    walk = Walk(config(num_slots=4, row_buckets=(1, 2, 4)))
+    for name, max_tokens in (("first", 2), ("second", 40), ("third", 40), ("fourth", 9)):
+        walk.add(make_request(name, 4, max_tokens, eos_token_ids=frozenset()))
+    while "first" not in walk.finished:
+        walk.step()
+    plan = walk.scheduler.schedule(walk.now)  # three of four: no smaller bucket holds them
+    assert plan.memory == () and [row.request_id is None for row in plan.rows] == [True, False, False, False]
+    walk.scheduler.update(plan, walk.engine.execute(plan), walk.now)
+    while "fourth" not in walk.finished:
+        walk.step()
+    plan = walk.scheduler.schedule(walk.now)  # two of three: they fit into two
+    assert len(plan.memory) == 1 and len(plan.rows) == 2 and all(row.request_id for row in plan.rows)
+
+
+def test_buckets_that_do_not_rise_to_the_number_of_slots_are_refused() -> None:
+    for buckets in ((1, 2), (2, 1, 4), (0, 4), (1, 2, 2, 4), (1, 2, 8)):
+        with pytest.raises(ValueError, match=r"row_buckets is .* must rise from at least 1 to num_slots, 4"):
+            config(row_buckets=buckets)
 
 
 def test_a_waiting_request_takes_the_hole_instead_of_a_copy() -> None:
