@@ -35,10 +35,11 @@ def unpack(carried: Path, site: Path) -> None:
     install(join(carried, carried / "wheels"), site)
 
 
-def guard(site: Path) -> list[str]:
+def guard(site: Path | None) -> list[str]:
     """Return the command that proves, in the environment of `site`, that ONNX Runtime is the GPU build."""
     script = str(Path(__file__).with_name("gpu_build.py"))
-    return [sys.executable, script, "--site", str(site), "--version", gpu_runtime_version()]
+    where = [] if site is None else ["--site", str(site)]
+    return [sys.executable, script, *where, "--version", gpu_runtime_version()]
 
 
 def _describe(wholes: tuple[Whole, ...], tree: int) -> None:
@@ -65,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     there = halves.add_parser("unpack", help="join, check, install, prove")
     there.add_argument("--carried", type=Path, default=CARRY, help="the folder of the goes; default: build/carry")
     there.add_argument("--site", type=Path, default=SITE, help="where to install; default: build/site")
+    there.add_argument("--unproved", action="store_true", help="leave the proof of the GPU build to another command")
     given = parser.parse_args(argv)
     try:
         if given.half == "prepare":
@@ -73,6 +75,8 @@ def main(argv: list[str] | None = None) -> int:
             _describe(prepare(given.out, given.python, given.machine, go_bytes, weights=given.weights), tree)
             return 0
         unpack(given.carried, given.site)
+        if given.unproved:
+            return 0
         status = subprocess.run(guard(given.site), env=environment(given.site), check=False).returncode
         if status == 0:
             print(f"export PYTHONPATH={environment(given.site)['PYTHONPATH']}")

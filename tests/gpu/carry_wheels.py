@@ -41,7 +41,8 @@ TESTING = ("iniconfig", "pluggy", "pytest", "pytest-asyncio", "pytest-timeout")
 READING = ("gguf",)
 # pip compares these exactly, and a wheel may name any of them. The GPU build needs glibc 2.28.
 _PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux2010", "manylinux1")
-_DONE = "carried.sha256"
+INSTALLED = "carried.sha256"
+"""Written last: a folder with this file holds all that was carried."""
 
 
 def gpu_runtime_version(root: Path = ROOT) -> str:
@@ -98,7 +99,7 @@ def _by_requirement(folder: Path) -> dict[str, Path]:
 def install(wheels: Sequence[Path], site: Path) -> None:
     """Install wheels into a folder of their own, from nothing if it does not hold just these."""
     digest = hashlib.sha256("\n".join(sorted(wheel.name for wheel in wheels)).encode()).hexdigest()
-    done = site / _DONE
+    done = site / INSTALLED
     if done.is_file() and done.read_text() == digest:
         return
     shutil.rmtree(site, ignore_errors=True)

@@ -17,11 +17,11 @@ ROOT = Path(__file__).parents[2]
 CUDA = "CUDAExecutionProvider"
 
 
-def build_faults(site: Path, wanted: str) -> list[str]:
-    """Return why the imported ONNX Runtime is not the GPU build of a version under a folder; empty if it is."""
+def build_faults(site: Path | None, wanted: str) -> list[str]:
+    """Return why the imported ONNX Runtime is not the GPU build of a version, under a folder if it must be in one."""
     package = Path(onnxruntime.__file__).resolve().parent
     faults = []
-    if not package.is_relative_to(site.resolve()):
+    if site is not None and not package.is_relative_to(site.resolve()):
         faults.append(f"onnxruntime was imported from {package}, must lie under {site}: put that first on PYTHONPATH")
     if onnxruntime.__version__ != wanted:
         faults.append(f"onnxruntime is {onnxruntime.__version__}, must be {wanted}")
@@ -69,7 +69,7 @@ def requirement_faults(root: Path = ROOT) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Print every fault, or what was found, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--site", type=Path, required=True, help="the folder that the GPU build was installed into")
+    parser.add_argument("--site", type=Path, help="the folder that the GPU build was installed into")
     parser.add_argument("--version", required=True, help="what ONNX Runtime must be")
     parser.add_argument("--no-session", action="store_true", help="do not ask the device for a session")
     given = parser.parse_args(argv)
