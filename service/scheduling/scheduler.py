@@ -107,6 +107,7 @@ class Scheduler:
         if sequence is None:
             return False
         self._shares.leave(sequence.tenant)
+        self._forget(copy.destination for copy in sequence.copies)  # which are not made any more
         # A parked row may have written one position past what was computed.
         written = self.config.held(min(sequence.num_computed + 1, self.config.capacity))
         for slot in sequence.slots:

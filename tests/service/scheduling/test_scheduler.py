@@ -195,6 +195,7 @@ class Walk:
         return cancelled
 
     def step(self, cancel_midway: Sequence[str] = ()) -> list[Event]:
+        self.check_prefixes()
         plan = self.scheduler.schedule(self.now)
         self.check()
         self.check_rows(plan)
@@ -217,6 +218,12 @@ class Walk:
             if event.finish is not None:
                 self.finished[name] = event.finish.reason
         return events
+
+    def check_prefixes(self) -> None:
+        """A free slot holds what others are told to begin with."""
+        for slot in self.scheduler.snapshot().free_slots:
+            prefix = self.scheduler._prefixes[slot]
+            assert tuple(self.engine.slots[slot][: prefix.length]) == prefix.prompt[: prefix.length], slot
 
     def check_rows(self, plan: StepPlan) -> None:
         """The rows are as few as hold every real one; with buckets from slot 0 and in number one of them."""
