@@ -49,13 +49,18 @@ def steps_for(parts: tuple[str, ...], *, device: str, carried: Path, site: Path 
 
 
 def _suite(ready: tuple[str, ...], out: Path) -> list[Step]:
-    marked = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
+    """Return one step for this folder, whose tests share their servers, one for its slow tests, and one a file elsewhere."""
+    files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if path.parent != HERE]
+    others = [path for path in files if "mark.gpu" in path.read_text("utf-8")]
+    chosen = [("suite", "gpu and not slow", HERE), ("suite-slow", "gpu and slow", HERE)]
+    chosen += [
+        ("-".join(("suite", *path.relative_to(HERE.parent).with_suffix("").parts)), "gpu", path) for path in others
+    ]
     made = []
-    for path in marked:
-        name = "-".join(("suite", *path.relative_to(ROOT / "tests").with_suffix("").parts))
+    for name, marks, path in chosen:
         # Other versions than the pinned ones warn of other things, and that is no failure.
-        flags = ("-m", "gpu", "-q", "-W", "default", "-p", "no:cacheprovider", f"--junitxml={out / name}.xml")
-        command = (sys.executable, "-m", "pytest", *flags, str(path.relative_to(ROOT)))
+        flags = ("-q", "-W", "default", "-p", "no:cacheprovider", f"--junitxml={out / name}.xml")
+        command = (sys.executable, "-m", "pytest", "-m", marks, *flags, str(path.relative_to(ROOT)))
         made.append(Step(name=name, command=command, needs=ready, accepted=(0, NOTHING_CHOSEN)))
     return made
 

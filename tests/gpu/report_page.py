@@ -39,7 +39,7 @@ def _not_begun(step: Step) -> dict[str, object]:
 
 def _suite(out: Path) -> list[str]:
     """Return counts for each file of tests, and why tests failed or were skipped."""
-    files = sorted(out.glob("suite-*.xml"))
+    files = sorted(out.glob("suite*.xml"))
     if not files:
         return []
     counted, reasons = [], []

@@ -112,8 +112,8 @@ def test_everything_on_a_gpu_comes_after_the_guard_and_every_benchmark_after_its
         assert (command[command.index("--model") + 1], command[command.index("--provider") + 1]) == (model, device)
         export = steps[names.index(f"export-{model}")].command
         assert export[export.index("--precision") + 1] == precision
-    suite = {step.command[-1] for step in steps if step.name.startswith("suite-")}
-    assert "tests/models/test_decoder_on_cuda.py" in suite
+    suite = {step.command[-1] for step in steps if step.name.startswith("suite")}
+    assert {"tests/gpu", "tests/models/test_decoder_on_cuda.py", "tests/service/metrics/test_gpu.py"} <= suite
 
 
 def test_commands_are_shown_as_one_would_type_them():
