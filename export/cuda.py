@@ -27,6 +27,7 @@ from export.half import first_layers, half_decoder, streamed
 from export.linear import FLOAT_KERNELS
 from export.parts import Parts, Report
 from export.runner import Runner
+from export.sampler import write_sampler
 from export.samples import NUM_ROWS, of_text
 from export.weights import DecoderWeights, decoder_weights
 from models.checkpoint import TrainedModel
@@ -104,7 +105,7 @@ def export_for_cuda(
         family="decoder",
         tasks=("generate",),
         limits=Limits(max_model_len=max_model_len),
-        graphs=(step,),
+        graphs=(step, *write_sampler(directory, half.config.vocab_size)),
         states=states,
         golden=record_half_golden(oracle, Oracle(half), samples, capacity, directory),
         certificate=Certificate(checks=tuple(checks), quality=quality),
