@@ -21,7 +21,7 @@ CANDIDATES = 1024
 TOP_LOGPROBS = 64
 """The most likely tokens that are told: a beam search of width 32 asks for twice its width."""
 _BLOCK = 256
-_BELOW_ONE = 1 - 2.0**-53  # the product of any number with it is smaller than the number
+_EPSILON = 2.0**-52  # times a number, as much as makes it smaller; a factor near 1 the exporter would leave out
 
 
 class SamplerGraph(nn.Module):
@@ -173,7 +173,8 @@ def _draw(weights: Tensor, sums: Tensor, uniform: Tensor) -> Tensor:
     inside, ids = _members(weights, block[:, None], _BLOCK, 0.0)
     cumulative = inside.double().cumsum(-1)
     # Rounding may leave the number behind the block's own sum: then its last token of any weight is meant.
-    rest = torch.minimum(target - before, cumulative[:, -1] * _BELOW_ONE)
+    last = cumulative[:, -1]
+    rest = torch.minimum(target - before, last - last * _EPSILON)
     return _at(ids, _count(cumulative <= rest[:, None]))
 
 

@@ -75,6 +75,19 @@ def tiny_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return repository
 
 
+SAMPLED_VOCABULARY = 5003  # a prime: no block is full at its end; and more than four times what is ranked
+
+
+@pytest.fixture(scope="session")
+def sampler_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the graphs that choose among `SAMPLED_VOCABULARY` tokens on a device."""
+    from export.sampler import write_sampler
+
+    directory = tmp_path_factory.mktemp("sampler")
+    write_sampler(directory, SAMPLED_VOCABULARY)
+    return directory
+
+
 @pytest.fixture(scope="session")
 def tiny_encoder():
     """One random encoder of the BERT family, with a WordPiece tokenizer, as a `TrainedModel`."""
