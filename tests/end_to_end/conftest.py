@@ -57,8 +57,8 @@ class Server:
             self._listening.set()
         self._listening.set()
 
-    def wait_ready(self) -> "Server":
-        watch = self.health.Watch(health_pb2.HealthCheckRequest(service="readiness"), timeout=PATIENCE)
+    def wait_ready(self, patience: float = PATIENCE) -> "Server":
+        watch = self.health.Watch(health_pb2.HealthCheckRequest(service="readiness"), timeout=patience)
         for update in watch:
             if update.status == health_pb2.HealthCheckResponse.SERVING:
                 break
