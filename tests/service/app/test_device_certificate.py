@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from attendant.bundle import Check
-from attendant.processor import processor_features
 from service.app.device_certificate import CertificateStore, open_certificates
 from service.bundle import FoundBundle
-from service.engine.device_identity import DeviceIdentity, identify
+from service.engine.device_identity import DeviceIdentity
 
 DEVICE = DeviceIdentity(
     name="NVIDIA H200",
@@ -142,12 +141,6 @@ def test_a_directory_that_cannot_be_written_is_only_told(
 
 def test_without_a_directory_there_are_no_certificates() -> None:
     assert open_certificates(None, "cpu") is None
-
-
-def test_a_processor_is_known_by_what_its_kernels_choose_between() -> None:
-    device = identify("cpu")
-    assert device.name.split() == list(processor_features())
-    assert (device.provider, device.compute_capability, device.driver) == ("CPUExecutionProvider", "", "")
 
 
 def test_where_there_is_no_cuda_device_nothing_is_certified_and_the_log_says_why(
