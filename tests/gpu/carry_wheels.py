@@ -27,6 +27,7 @@ SERVING = (
     "grpcio-reflection",
     "grpcio-status",
     "jinja2",
+    "markupsafe",
     "nvidia-ml-py",
     "prometheus-client",
     "protobuf",
@@ -97,7 +98,10 @@ def _by_requirement(folder: Path) -> dict[str, Path]:
 
 
 def install(wheels: Sequence[Path], site: Path) -> None:
-    """Install wheels into a folder of their own, from nothing if it does not hold just these."""
+    """Install wheels into a folder of their own, from nothing if it does not hold just these.
+
+    The checkout runs from where it lies, but asks the installer for its own version: that is installed, and no code.
+    """
     digest = hashlib.sha256("\n".join(sorted(wheel.name for wheel in wheels)).encode()).hexdigest()
     done = site / INSTALLED
     if done.is_file() and done.read_text() == digest:
@@ -105,6 +109,10 @@ def install(wheels: Sequence[Path], site: Path) -> None:
     shutil.rmtree(site, ignore_errors=True)
     alone = ["--no-index", "--no-deps", "--no-compile", "--no-cache-dir"]
     _pip(["install", "--quiet", *alone, "--target", str(site), *map(str, wheels)])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    said = site / f"{project['name']}-{project['version']}.dist-info" / "METADATA"
+    said.parent.mkdir()
+    said.write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n", "utf-8")
     done.write_text(digest)
 
 

@@ -49,7 +49,7 @@ def steps_for(parts: tuple[str, ...], *, device: str, carried: Path, site: Path 
 
 
 def _suite(ready: tuple[str, ...], out: Path) -> list[Step]:
-    """Return one step for this folder, whose tests share their servers, one for its slow tests, and one a file elsewhere."""
+    """Return a step for this folder, whose tests share their servers, one for its slow tests, one a file elsewhere."""
     files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if path.parent != HERE]
     others = [path for path in files if "mark.gpu" in path.read_text("utf-8")]
     chosen = [("suite", "gpu and not slow", HERE), ("suite-slow", "gpu and slow", HERE)]

@@ -199,7 +199,8 @@ def test_unpacking_installs_into_a_folder_that_comes_before_all_else(tmp_path):
     ]
     cut(wheels, tmp_path / "carry", MIB)
     carry.unpack(tmp_path / "carry", tmp_path / "site")
-    asked = "import onnxruntime, pure, attendant; print(onnxruntime.BUILT_FOR, pure.BUILT_FOR)"
+    asked = "import onnxruntime, pure, attendant; from importlib.metadata import distribution as of; "
+    asked += "print(onnxruntime.BUILT_FOR, pure.BUILT_FOR, of('attendant').locate_file('.'))"
     told = subprocess.run(
         [sys.executable, "-c", asked],
         env=carry.environment(tmp_path / "site"),
@@ -207,7 +208,7 @@ def test_unpacking_installs_into_a_folder_that_comes_before_all_else(tmp_path):
         text=True,
         check=True,
     )
-    assert told.stdout.split() == [f"{tag}-{tag}-manylinux_2_17_x86_64", "py3-none-any"]
+    assert told.stdout.split() == [f"{tag}-{tag}-manylinux_2_17_x86_64", "py3-none-any", str(tmp_path / "site")]
     installed = (tmp_path / "site" / "pure.py").stat().st_mtime_ns
     carry.unpack(tmp_path / "carry", tmp_path / "site")
     assert (tmp_path / "site" / "pure.py").stat().st_mtime_ns == installed  # and is not installed twice
