@@ -45,6 +45,9 @@ _SIGNATURES = {
     "cudaMemcpyAsync": (_ADDRESS, _ADDRESS, _SIZE, _INT, _ADDRESS),
     # destination, its pitch, source, its pitch, width in bytes, height, kind, stream
     "cudaMemcpy2DAsync": (_ADDRESS, _SIZE, _ADDRESS, _SIZE, _SIZE, _SIZE, _INT, _ADDRESS),
+    "cudaEventCreate": (ctypes.POINTER(_ADDRESS),),
+    "cudaEventRecord": (_ADDRESS, _ADDRESS),
+    "cudaEventElapsedTime": (ctypes.POINTER(ctypes.c_float), _ADDRESS, _ADDRESS),
     "cudaGetLastError": (),
 }
 
@@ -83,10 +86,10 @@ class CudaRuntime:
         self.call(name, ctypes.byref(value))
         return value.value
 
-    def address(self, name: str, argument: int) -> int:
+    def address(self, name: str, *arguments: int) -> int:
         """Return the address that a function of the library makes."""
         value = _ADDRESS()
-        self.call(name, ctypes.byref(value), argument)
+        self.call(name, ctypes.byref(value), *arguments)
         assert value.value is not None, name
         return value.value
 
@@ -166,6 +169,20 @@ class CudaDevice(Device):
         """Wait for the stream."""
         self._runtime.call("cudaStreamSynchronize", self.stream)
         self._staged = 0
+
+    def event(self) -> int:
+        """Make an event; a process has a few, and keeps them."""
+        return self._runtime.address("cudaEventCreate")
+
+    def record(self, event: int) -> None:
+        """Record it in the stream."""
+        self._runtime.call("cudaEventRecord", event, self.stream)
+
+    def seconds(self, first: int, last: int) -> float:
+        """Return what the device measured, to about half a microsecond."""
+        milliseconds = ctypes.c_float()
+        self._runtime.call("cudaEventElapsedTime", ctypes.byref(milliseconds), first, last)
+        return milliseconds.value / 1000
 
     def memory(self) -> tuple[int, int]:
         """Return the free bytes of the device, and all of them."""

@@ -11,6 +11,7 @@ import ctypes
 import math
 import mmap
 import threading
+import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -137,6 +138,18 @@ class Device(ABC):
         """
 
     @abstractmethod
+    def event(self) -> Any:
+        """Return something to `record`, as often as wanted."""
+
+    @abstractmethod
+    def record(self, event: Any) -> None:
+        """Have the device note the time when it has done all that was asked for so far."""
+
+    @abstractmethod
+    def seconds(self, first: Any, last: Any) -> float:
+        """Return the time between two events, both of which must have been waited for."""
+
+    @abstractmethod
     def memory(self) -> tuple[int, int]:
         """Return how many bytes are free, and how many there are."""
 
@@ -186,6 +199,18 @@ class HostDevice(Device):
         for array, content in self._arriving:
             ctypes.memmove(array.ctypes.data, content, len(content))
         self._arriving.clear()
+
+    def event(self) -> list[float]:
+        """Return a place for a time."""
+        return [0.0]
+
+    def record(self, event: list[float]) -> None:
+        """Note the time: what was asked for is done, but for downloads."""
+        event[0] = time.perf_counter()
+
+    def seconds(self, first: list[float], last: list[float]) -> float:
+        """Subtract."""
+        return last[0] - first[0]
 
     def memory(self) -> tuple[int, int]:
         """Return the machine's memory that is available, and all of it."""

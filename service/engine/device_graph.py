@@ -121,7 +121,7 @@ class DeviceGraph:
         assert self._num_rows == 0, self._num_rows
         graph_id = EAGER if first_slot else self._ids.get(num_rows, EAGER)
         self._decode(np.array(token_ids, np.int64), np.array(lengths, np.int32), first_slot, graph_id)
-        return self._next_rows(num_rows)
+        return self._written(range(num_rows))
 
     def prompts(self, first_slot: int, prompts: Sequence[Sequence[int]]) -> range:
         """Feed whole prompts to as many slots in a row, which have just begun, in one run: only where `joins_prompts`.
@@ -144,9 +144,9 @@ class DeviceGraph:
         # As long as the new tokens: nobody has a past.
         binding.input(self._names[Role.TOTAL_LENGTH], np.array(longest, np.int32))
         ends = np.arange(num_rows, dtype=np.int64) * longest + lengths - 1
-        rows = self._next_rows(num_rows)
+        rows = self._rows_for(num_rows)
         self._read(binding, token_ids, lengths, ends, self.logits[rows.start : rows.stop])
-        return rows
+        return self._written(rows)
 
     def chunk(self, slot: int, token_ids: Sequence[int], start: int) -> range:
         """Feed positions [start, start + T) to one slot.
@@ -159,9 +159,9 @@ class DeviceGraph:
         Returns:
             The row of `logits`, of the last one.
         """
-        rows = self._next_rows(1)
+        rows = self._rows_for(1)
         self._chunk(slot, token_ids, start, np.array([len(token_ids) - 1]), self.logits[rows.start : rows.stop])
-        return rows
+        return self._written(rows)
 
     def copy(self, source: int, destination: int, length: int) -> None:
         """Copy the states of a sequence of `length` positions from slot to slot, on the device."""
@@ -219,9 +219,13 @@ class DeviceGraph:
         self.device.synchronize()
         return array
 
-    def _next_rows(self, num_rows: int) -> range:
+    def _rows_for(self, num_rows: int) -> range:
         rows = range(self._num_rows, self._num_rows + num_rows)
         assert rows.stop <= self.logits.shape[0], (rows, self.logits.shape)
+        return rows
+
+    def _written(self, rows: range) -> range:
+        """Note that a run has succeeded; what a run leaves that fails is written again."""
         self._num_rows = rows.stop
         return rows
 

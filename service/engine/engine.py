@@ -7,40 +7,29 @@ When nothing of a step succeeds, the engine itself is put to the test.
 """
 
 import logging
-import time
-from collections.abc import Callable
-from itertools import pairwise
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from service.engine.choosing import Chooser, HostChooser, Outcome, Wanted
+from service.engine.graph import Graph
 from service.engine.probe import Probe
-from service.engine.sampling import NotFinite, Sampler, check_finite
-from service.engine.step_graph import StepGraph
-from service.scheduling.plan import Chunk, Encode, Release, Sample, StepPlan, StepResult
-from service.scheduling.request import Token
+from service.scheduling.plan import Chunk, Encode, Release, StepPlan, StepResult
 
 logger = logging.getLogger(__name__)
-
-_Logits = NDArray[np.float32]
 
 
 class Engine:
     """Runs one bundle's plans on its step graph.
 
     Args:
-        graph: the step graph over its pools.
-        clock: monotonic seconds.
+        graph: the step graph over its states.
+        chooser: chooses tokens from what `graph` says of logits; from arrays of the host if None.
         probe: tells a broken engine from requests that no engine could answer; without one none is taken for broken.
     """
 
-    def __init__(
-        self, graph: StepGraph, clock: Callable[[], float] = time.perf_counter, probe: Probe | None = None
-    ) -> None:
+    def __init__(self, graph: Graph[Any], chooser: Chooser[Any] | None = None, probe: Probe | None = None) -> None:
         self.graph = graph
         self._probe = probe
-        self._sampler = Sampler(graph.vocab_size)
-        self._clock = clock
+        self._chooser: Chooser[Any] = chooser or HostChooser(graph.vocab_size)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Carry out a plan and return a token or a failure for each of its samples.
@@ -53,34 +42,34 @@ class Engine:
                 self.graph.release(change.slot)
             else:
                 self.graph.copy(change.source, change.destination, change.length)
-        tokens: dict[int, Token] = {}
-        failures: dict[str, str] = {}
-        times = [self._clock()]
+        outcome = Outcome()
+        self._chooser.start()
         if plan.encodes:
-            self._encode(plan.encodes, failures)
-        times.append(self._clock())
+            self._encode(plan.encodes, outcome)
+        self._chooser.mark()
         if plan.rows:
-            self._decode(plan, tokens, failures)
-        times.append(self._clock())
+            self._decode(plan, outcome)
+        self._chooser.mark()
         if plan.prompts:
-            self._read_together(plan.prompts, tokens, failures)
+            self._read_together(plan.prompts, outcome)
         for chunk in plan.chunks:
-            self._prefill(chunk, tokens, failures)
-        times.append(self._clock())
+            self._prefill(chunk, outcome)
+        self._chooser.mark()
+        encode_seconds, decode_seconds, prefill_seconds = self._chooser.finish(outcome)
+        failures = outcome.failures
         if failures and self._probe is not None:
             slots = _slots(plan)
             if failures.keys() == slots.keys():
                 self._probe.check(next(iter(slots.values())))  # which is lost anyway
-        encode_seconds, decode_seconds, prefill_seconds = (end - start for start, end in pairwise(times))
         return StepResult(
-            tokens=tokens,
+            tokens=outcome.tokens,
             failures=failures,
             encode_seconds=encode_seconds,
             decode_seconds=decode_seconds,
             prefill_seconds=prefill_seconds,
         )
 
-    def _encode(self, encodes: tuple[Encode, ...], failures: dict[str, str]) -> None:
+    def _encode(self, encodes: tuple[Encode, ...], outcome: Outcome) -> None:
         sources = self.graph.sources
         assert sources is not None, "the border refuses sources that nobody reads"
         try:
@@ -88,36 +77,37 @@ class Engine:
         except Exception as error:
             if len(encodes) == 1:
                 logger.exception("the source of request %s failed", encodes[0].request_id)
-                failures[encodes[0].request_id] = _cause(error)
+                outcome.failures[encodes[0].request_id] = _cause(error)
                 return
             logger.exception("reading %d sources failed; trying them one by one", len(encodes))
             for encode in encodes:
-                self._encode((encode,), failures)
+                self._encode((encode,), outcome)
             return
         for encode, states in zip(encodes, made, strict=True):
             self.graph.begin(encode.slot, states)
 
-    def _decode(self, plan: StepPlan, tokens: dict[int, Token], failures: dict[str, str]) -> None:
+    def _decode(self, plan: StepPlan, outcome: Outcome) -> None:
         rows, first_slot = plan.rows, plan.first_slot
-        real = [index for index, row in enumerate(rows) if row.request_id is not None]
-        for index in real:
-            self._begin(first_slot + index, rows[index].length - 1)
+        wanted = {
+            index: Wanted(row.request_id, first_slot + index, row.sample)
+            for index, row in enumerate(rows)
+            if row.request_id is not None
+        }
+        for index, each in wanted.items():
+            self._begin(each.slot, rows[index].length - 1)
         try:
-            logits = self.graph.decode([row.token_id for row in rows], [row.length for row in rows], real, first_slot)
+            logits = self.graph.decode(
+                [row.token_id for row in rows], [row.length for row in rows], [*wanted], first_slot
+            )
         except Exception:
             logger.exception("a decode step of %d rows failed; trying its rows one by one", len(rows))
-            for index in real:
-                row, slot = rows[index], first_slot + index
-                assert row.request_id is not None, "a parked row is not real"
-                self._feed(Chunk(row.request_id, slot, row.length - 1, (row.token_id,), row.sample), tokens, failures)
+            for index, each in wanted.items():
+                row = rows[index]
+                self._feed(Chunk(each.request_id, each.slot, row.length - 1, (row.token_id,), row.sample), outcome)
             return
-        best = logits.argmax(axis=1)
-        for index in real:
-            row, slot = rows[index], first_slot + index
-            assert row.request_id is not None, "a parked row is not real"
-            self._choose(logits[index], int(best[index]), row.request_id, row.sample, slot, tokens, failures)
+        self._chooser.take(logits, wanted, outcome)
 
-    def _read_together(self, prompts: tuple[Chunk, ...], tokens: dict[int, Token], failures: dict[str, str]) -> None:
+    def _read_together(self, prompts: tuple[Chunk, ...], outcome: Outcome) -> None:
         for prompt in prompts:
             self._begin(prompt.slot, prompt.start)
         try:
@@ -125,48 +115,31 @@ class Engine:
         except Exception:
             logger.exception("reading %d prompts together failed; trying them one by one", len(prompts))
             for prompt in prompts:
-                self._prefill(prompt, tokens, failures)
+                self._prefill(prompt, outcome)
             return
-        for row, prompt in zip(logits, prompts, strict=True):
-            self._choose(row, int(row.argmax()), prompt.request_id, prompt.sample, prompt.slot, tokens, failures)
+        self._chooser.take(logits, dict(enumerate(map(_wanted, prompts))), outcome)
 
-    def _prefill(self, chunk: Chunk, tokens: dict[int, Token], failures: dict[str, str]) -> None:
+    def _prefill(self, chunk: Chunk, outcome: Outcome) -> None:
         self._begin(chunk.slot, chunk.start)
-        self._feed(chunk, tokens, failures)
+        self._feed(chunk, outcome)
 
     def _begin(self, slot: int, start: int) -> None:
         """Begin a sequence that has no source: those that have one began with it."""
         if start == 0 and self.graph.sources is None:
             self.graph.begin(slot)
 
-    def _feed(self, chunk: Chunk, tokens: dict[int, Token], failures: dict[str, str]) -> None:
+    def _feed(self, chunk: Chunk, outcome: Outcome) -> None:
         try:
-            logits = self.graph.chunk(chunk.slot, chunk.token_ids, chunk.start)[0]
+            logits = self.graph.chunk(chunk.slot, chunk.token_ids, chunk.start)
         except Exception as error:
             logger.exception("request %s failed in slot %d at %d", chunk.request_id, chunk.slot, chunk.start)
-            failures[chunk.request_id] = _cause(error)
+            outcome.failures[chunk.request_id] = _cause(error)
             return
-        self._choose(logits, int(logits.argmax()), chunk.request_id, chunk.sample, chunk.slot, tokens, failures)
+        self._chooser.take(logits, {0: _wanted(chunk)}, outcome)
 
-    def _choose(
-        self,
-        logits: _Logits,
-        best: int,
-        request_id: str,
-        sample: Sample | None,
-        slot: int,
-        tokens: dict[int, Token],
-        failures: dict[str, str],
-    ) -> None:
-        """Choose a token if one is wanted; a prompt whose logits are not finite on the way need not go on."""
-        try:
-            if sample is None:
-                check_finite(logits, best)
-            else:
-                tokens[slot] = self._sampler.choose(logits, best, sample)
-        except NotFinite as error:
-            logger.error("request %s: %s", request_id, error)
-            failures[request_id] = str(error)
+
+def _wanted(chunk: Chunk) -> Wanted:
+    return Wanted(chunk.request_id, chunk.slot, chunk.sample)
 
 
 def _slots(plan: StepPlan) -> dict[str, int]:

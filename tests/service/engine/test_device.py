@@ -148,6 +148,28 @@ def test_too_much_is_refused_with_the_call_the_cause_and_what_to_do(stand_in: Cu
     assert not read(device, device.allocate((8,), DType.INT32)).any()  # and nothing else is lost
 
 
+def test_time_on_the_device_is_that_between_two_events(stand_in: CudaRuntime) -> None:
+    device = CudaDevice(stand_in)
+    buffer = device.allocate((4,), DType.INT32)
+    first, last = device.event(), device.event()
+    device.record(first)
+    for _ in range(3):
+        device.upload(np.zeros(4, np.int32), buffer)
+    device.record(last)
+    with pytest.raises(DeviceError, match="cudaEventElapsedTime"):
+        device.seconds(first, last)
+    device.synchronize()
+    assert device.seconds(first, last) == pytest.approx(3e-3)
+
+
+def test_time_never_runs_backwards(device: Device) -> None:
+    first, last = device.event(), device.event()
+    device.record(first)
+    device.record(last)
+    device.synchronize()
+    assert device.seconds(first, last) >= 0
+
+
 def test_a_machine_without_a_gpu_says_what_is_missing() -> None:
     try:
         device = CudaDevice()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from service.bundle import BundleRefused, FoundBundle, scan
+from service.bundle import BundleRefused, FoundBundle
 from service.engine.captures import EAGER, captured_ids, warm_up
 from service.engine.device import HostDevice
 from service.engine.device_graph import DeviceGraph, DownloadedGraph
@@ -17,11 +17,9 @@ SLOTS, CAPACITY = 7, 96
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_repository) -> FoundBundle:
-    use_threads(1)
-    return next(
-        found for found in scan(tiny_repository) if isinstance(found, FoundBundle) and "fp32" in found.manifest.name
-    )
+def tiny(tiny_bundles: dict[str, FoundBundle]) -> FoundBundle:
+    use_threads(2)
+    return tiny_bundles["fp32"]
 
 
 @pytest.fixture(scope="module")
@@ -125,12 +123,10 @@ def test_the_probe_answers_on_a_device_as_on_the_cpu(tiny: FoundBundle, device: 
     generation_probe(tiny, device).check(3)
 
 
-def test_what_a_device_does_not_serve_is_refused_with_the_reason(byte_repository) -> None:
-    for found in scan(byte_repository):
-        assert isinstance(found, FoundBundle)
-        if found.manifest.name in ("ring", "replace"):
-            with pytest.raises(BundleRefused, match=f"states of the rule {found.manifest.name}: on a device"):
-                DeviceGraph(found, 2, 64, HostDevice())
+def test_what_a_device_does_not_serve_is_refused_with_the_reason(byte_bundles: dict[str, FoundBundle]) -> None:
+    for rule in ("ring", "replace"):
+        with pytest.raises(BundleRefused, match=f"states of the rule {rule}: on a device"):
+            DeviceGraph(byte_bundles[rule], 2, 64, HostDevice())
 
 
 def test_asking_for_cuda_here_is_refused_with_what_is_missing(tiny: FoundBundle) -> None:

@@ -1,0 +1,174 @@
+"""What chooses a step's tokens from its logits, wherever they lie, and knows how long its parts took.
+
+The engine hands over what each run left and says of which rows a token is wanted. The host's chooser looks at once, for
+the next run may use the memory again. The device's waits until all of a step was launched, so that the host waits for
+the device once a step.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple, Protocol, TypeVar
+
+from service.engine.device_graph import DeviceGraph
+from service.engine.device_sampler import DeviceSampler
+from service.engine.graph import Logits
+from service.engine.sampling import NotFinite, Sampler, check_finite
+from service.scheduling.plan import Sample
+from service.scheduling.request import Token
+
+logger = logging.getLogger(__name__)
+
+Rows_contra = TypeVar("Rows_contra", contravariant=True)
+
+
+class Wanted(NamedTuple):
+    """A row is a request's, in a slot; with a sample, a token is to be chosen from it."""
+
+    request_id: str
+    slot: int
+    sample: Sample | None
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What has come of a step so far: tokens by slot, failures by request."""
+
+    tokens: dict[int, Token] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def put(self, wanted: Wanted, choice: Token | NotFinite | None) -> None:
+        """Note what came of a row; a prompt whose logits are not finite on the way need not go on."""
+        if isinstance(choice, NotFinite):
+            logger.error("request %s: %s", wanted.request_id, choice)
+            self.failures[wanted.request_id] = str(choice)
+        elif choice is not None:
+            self.tokens[wanted.slot] = choice
+
+
+class Chooser(Protocol[Rows_contra]):
+    """Chooses tokens from what a graph says of its logits, step by step."""
+
+    def start(self) -> None:
+        """Begin a step."""
+
+    def mark(self) -> None:
+        """End a part of it."""
+
+    def take(self, rows: Rows_contra, wanted: Mapping[int, Wanted], outcome: Outcome) -> None:
+        """Take over the logits of a run; `wanted` says of which of its rows, counted from 0, something is to come."""
+
+    def finish(self, outcome: Outcome) -> list[float]:
+        """Note the rest of what came of the step, and return the seconds of its parts."""
+
+
+class HostChooser:
+    """Chooses from arrays of the host, row by row.
+
+    Args:
+        vocab_size: logits of a row.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, vocab_size: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._sampler = Sampler(vocab_size)
+        self._clock = clock
+        self._times: list[float] = []
+
+    def start(self) -> None:
+        """Begin a step."""
+        self._times = [self._clock()]
+
+    def mark(self) -> None:
+        """End a part of it."""
+        self._times.append(self._clock())
+
+    def take(self, rows: Logits, wanted: Mapping[int, Wanted], outcome: Outcome) -> None:
+        """Choose at once."""
+        best = rows.argmax(axis=1)
+        for row, one in wanted.items():
+            outcome.put(one, self._choose(rows[row], int(best[row]), one.sample))
+
+    def _choose(self, logits: Logits, best: int, sample: Sample | None) -> Token | NotFinite | None:
+        try:
+            if sample is not None:
+                return self._sampler.choose(logits, best, sample)
+            check_finite(logits, best)
+        except NotFinite as error:
+            return error
+        return None
+
+    def finish(self, outcome: Outcome) -> list[float]:
+        """Return the seconds of the step's parts."""
+        return [end - start for start, end in pairwise(self._times)]
+
+
+class DeviceChooser:
+    """Chooses from the rows of a device's logits, all of a step's at its end.
+
+    Args:
+        graph: what makes the logits.
+        sampler: chooses from them where they are.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, graph: DeviceGraph, sampler: DeviceSampler, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._graph, self._sampler, self._device = graph, sampler, graph.device
+        self._clock = clock
+        self._started = 0.0
+        self._events = [graph.device.event()]
+        self._num_events = 0
+        self._wanted: dict[int, Wanted] = {}
+
+    def start(self) -> None:
+        """Begin a step, from the first row of the logits."""
+        self._started = self._clock()
+        self._graph.take()
+        self._wanted.clear()
+        self._num_events = 0
+        self.mark()
+
+    def mark(self) -> None:
+        """End a part of it, where the device will be then."""
+        if self._num_events == len(self._events):
+            self._events.append(self._device.event())
+        self._device.record(self._events[self._num_events])
+        self._num_events += 1
+
+    def take(self, rows: range, wanted: Mapping[int, Wanted], outcome: Outcome) -> None:
+        """Remember what is wanted."""
+        self._wanted.update((rows[row], one) for row, one in wanted.items())
+
+    def finish(self, outcome: Outcome) -> list[float]:
+        """Choose, wait for the device, and divide the step's time as the device divided its own."""
+        wanted = [self._wanted.get(row) for row in self._graph.take()]
+        samples = [one and one.sample for one in wanted]
+        nothing = [0.0] * (self._num_events - 1)
+        if not wanted:
+            return nothing
+        try:
+            choices = self._sampler.choose(samples)
+            self._device.synchronize()  # if nothing was wanted, nobody has
+            parts = [self._device.seconds(*pair) for pair in pairwise(self._events[: self._num_events])]
+        except Exception:
+            logger.exception("choosing for %d rows failed; trying them one by one", len(wanted))
+            self._one_by_one(outcome)
+            return nothing
+        for one, choice in zip(wanted, choices, strict=True):
+            if one is not None:
+                outcome.put(one, choice)
+        seconds, whole = self._clock() - self._started, sum(parts)
+        return [seconds * part / whole for part in parts] if whole > 0 else nothing
+
+    def _one_by_one(self, outcome: Outcome) -> None:
+        for row, one in self._wanted.items():
+            try:
+                outcome.put(one, self._sampler.choose([None] * row + [one.sample])[row])
+                self._device.synchronize()
+            except Exception as error:
+                logger.exception("request %s failed in slot %d", one.request_id, one.slot)
+                outcome.failures[one.request_id] = f"choosing a token failed ({type(error).__name__})"
