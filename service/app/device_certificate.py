@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from attendant.bundle import Check
 from service.bundle import FoundBundle
-from service.engine.device_identity import DeviceIdentity, identify
+from service.engine.device_identity import DeviceIdentity
 from service.rpc.catalog import DeviceCertificate
 
 logger = logging.getLogger(__name__)
@@ -105,17 +105,6 @@ class CertificateStore:
 
     def _key(self, bundle: FoundBundle) -> dict[str, Any]:
         return {"sha256": bundle.sha256, "device": self._device.to_dict()}
-
-
-def open_certificates(directory: Path | None, provider: str) -> CertificateStore | None:
-    """Return the certificates that count here; None without a directory, or where the device cannot be told."""
-    if directory is None:
-        return None
-    try:
-        return CertificateStore(directory, identify(provider))
-    except OSError as error:
-        logger.warning("nothing is certified for this device, which cannot be told: %s", error)
-        return None
 
 
 def _prefix(bundle: FoundBundle) -> str:

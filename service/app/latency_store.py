@@ -1,7 +1,7 @@
 """What latency models learned, kept across restarts: a file for each bundle on each kind of machine.
 
-A file is taken only where it would have been written: by the same bundle, threads, ONNX Runtime and processor. Without
-it a model learns anew, so no fault of a file or a disk is more than a line in the log.
+A file is taken only where it would have been written: by the same bundle, threads, ONNX Runtime, processor and CUDA
+device. Without it a model learns anew, so no fault of a file or a disk is more than a line in the log.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ import onnxruntime
 
 from attendant.processor import processor_features
 from service.bundle import FoundBundle
+from service.engine.device_identity import DeviceIdentity
 from service.scheduling.latency import LatencyModel
 
 logger = logging.getLogger(__name__)
@@ -28,17 +29,20 @@ class LatencyStore:
     Args:
         directory: where they are; it is made when the first is written.
         threads: of ONNX Runtime, on which every cost depends.
+        device: that computes, where it is not the processor.
     """
 
-    def __init__(self, directory: Path, threads: int) -> None:
+    def __init__(self, directory: Path, threads: int, device: DeviceIdentity | None = None) -> None:
         self._directory = directory
         self._lock = threading.Lock()
         self._saved: dict[Path, Mapping[str, object]] = {}
-        self._machine = {
+        self._machine: dict[str, Any] = {
             "threads": threads,
             "onnxruntime": onnxruntime.__version__,
             "processor": list(processor_features()),
         }
+        if device is not None:
+            self._machine["device"] = device.to_dict()
 
     def restore(self, bundle: FoundBundle, latency: LatencyModel) -> None:
         """Let a model begin with what was kept of its bundle, if anything fit to use was."""

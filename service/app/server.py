@@ -23,13 +23,14 @@ from grpc_reflection.v1alpha import reflection
 from attendant.v1 import inference_service_pb2, model_service_pb2
 from service.app.backoff import Backoff
 from service.app.bundle_keeper import BundleKeeper, Stage
-from service.app.device_certificate import open_certificates
+from service.app.device_certificate import CertificateStore
 from service.app.latency_store import LatencyStore
 from service.app.listening import build_server, open_grpc_port, open_metrics_port
 from service.app.loading import choose, entry_of, load
 from service.app.start_error import StartError
 from service.bundle import FoundBundle, RefusedBundle, scan
 from service.encode_loop import EncodeOptions
+from service.engine.device_identity import identify
 from service.engine_loop import EngineLoop, EngineOptions
 from service.metrics import MetricsEndpoint, ModelState, Objectives, ServerMetrics
 from service.rpc.catalog import Entry, ModelCatalog, State
@@ -74,13 +75,13 @@ class App:
         self._server = build_server(settings)
         self._add_services()
         self._endpoint: MetricsEndpoint | None = None
-        self._store = None if settings.state_dir is None else LatencyStore(settings.state_dir, settings.threads)
+        self._store, certificates = _stores(settings)
         self._stage = Stage(
             catalog=self.catalog,
             metrics=self.metrics,
             threads=[],
             store=self._store,
-            certificates=open_certificates(settings.state_dir, settings.provider),
+            certificates=certificates,
             announce=announce,
             refresh=self._refresh,
         )
@@ -285,6 +286,20 @@ class App:
         for error in await asyncio.gather(*tasks, return_exceptions=True):
             if isinstance(error, Exception):
                 logger.error("a task of the server failed", exc_info=error)
+
+
+def _stores(settings: Settings) -> tuple[LatencyStore | None, CertificateStore | None]:
+    """Return what keeps what is learned and measured, if there is a directory for it and the device can be told."""
+    if settings.state_dir is None:
+        return None, None
+    try:
+        device = identify(settings.provider)
+    except OSError as error:
+        logger.warning("nothing is kept of this device, which cannot be told: %s", error)
+        return None, None
+    learned_on = None if settings.provider == "cpu" else device
+    store = LatencyStore(settings.state_dir, settings.threads, learned_on)
+    return store, CertificateStore(settings.state_dir, device)
 
 
 def _model_state(entry: Entry) -> ModelState:

@@ -1,6 +1,5 @@
 """What a bundle showed at its first load on a device is kept, counts there alone, and no file can do harm."""
 
-import ctypes
 import json
 import logging
 from dataclasses import replace
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from attendant.bundle import Check
-from service.app.device_certificate import CertificateStore, open_certificates
+from service.app.device_certificate import CertificateStore
 from service.bundle import FoundBundle
 from service.engine.device_identity import DeviceIdentity
 
@@ -137,19 +136,3 @@ def test_a_directory_that_cannot_be_written_is_only_told(
     (tmp_path / "file").write_text("in the way")
     assert CertificateStore(tmp_path / "file", DEVICE).certify(bundle, CHECKS).checks == CHECKS
     assert "is not kept" in caplog.text
-
-
-def test_without_a_directory_there_are_no_certificates() -> None:
-    assert open_certificates(None, "cpu") is None
-
-
-def test_where_there_is_no_cuda_device_nothing_is_certified_and_the_log_says_why(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        assert open_certificates(tmp_path, "cuda") is None
-        assert "libcuda" in caplog.text
-    else:
-        pytest.skip("this machine has a CUDA driver")

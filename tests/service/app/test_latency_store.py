@@ -7,6 +7,7 @@ import pytest
 
 from service.app.latency_store import LatencyStore
 from service.bundle import FoundBundle
+from service.engine.device_identity import DeviceIdentity
 from service.scheduling.latency import LatencyModel
 from service.scheduling.work import decode_work
 
@@ -38,8 +39,10 @@ def test_a_restart_begins_with_what_was_learned(tmp_path: Path, bundle: FoundBun
     assert [path.suffix for path in (tmp_path / "made" / "on demand").iterdir()] == [".json"]
 
 
-def test_other_threads_and_other_bundles_begin_anew(tmp_path: Path, tiny_bundles: dict[str, FoundBundle]) -> None:
+def test_other_threads_devices_and_bundles_begin_anew(tmp_path: Path, tiny_bundles: dict[str, FoundBundle]) -> None:
     LatencyStore(tmp_path, 2).save(tiny_bundles["fp32"], taught().to_dict())
+    device = DeviceIdentity(name="NVIDIA H200", provider="CUDAExecutionProvider", onnxruntime="1.31.1")
+    assert restored(LatencyStore(tmp_path, 2, device), tiny_bundles["fp32"]).observations("decode") == 0
     assert restored(LatencyStore(tmp_path, 4), tiny_bundles["fp32"]).observations("decode") == 0
     assert restored(LatencyStore(tmp_path, 2), tiny_bundles["int8"]).observations("decode") == 0
 

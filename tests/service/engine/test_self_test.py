@@ -11,6 +11,8 @@ import pytest
 
 from service.bundle import BundleRefused, FoundBundle
 from service.engine.agreement import Agreement, relative_error
+from service.engine.device import HostDevice
+from service.engine.device_graph import DeviceGraph, DownloadedGraph
 from service.engine.probe import EngineBroken, generation_probe
 from service.engine.runtime import use_threads
 from service.engine.self_test import check_bundle
@@ -81,6 +83,18 @@ def test_on_a_device_the_tolerance_of_the_golden_run_holds_for_every_logit(on_de
         "difference between a prompt and its copy",
         *["difference between a row alone and among others"] * 3,
     ]
+
+
+def test_a_graph_on_a_device_passes_the_checks_of_a_device_and_those_of_a_cpu(
+    on_device: FoundBundle, tiny_bundles: dict[str, FoundBundle]
+) -> None:
+    """The host's memory is the device here, so even its bits are the CPU's."""
+    use_threads(2)
+    graph = DownloadedGraph(DeviceGraph(tiny_bundles["fp32"], SLOTS, CAPACITY, HostDevice(), buckets=(1, 2, 4, 8)))
+    for found in (on_device, tiny_bundles["fp32"]):
+        checks = check_bundle(found, graph)
+        assert len(checks) == 9 and max(check.measured for check in checks) < 1e-5
+    generation_probe(on_device, graph).check(SLOTS - 1)
 
 
 def test_on_a_device_the_golden_run_decides(on_device: FoundBundle, make) -> None:
