@@ -28,6 +28,7 @@ from export.linear import FLOAT_KERNELS
 from export.parts import Parts, Report
 from export.runner import Runner
 from export.sampler import write_sampler
+from export.sampler_check import sampler_checks
 from export.samples import NUM_ROWS, of_text
 from export.weights import DecoderWeights, decoder_weights
 from models.checkpoint import TrainedModel
@@ -97,6 +98,9 @@ def export_for_cuda(
     oracle = Oracle(wide if num_layers == half.config.num_layers else streamed(half))
     if precision == "fp16" and num_layers == half.config.num_layers:
         checks += run_checks([_cpu_check(directory / step.file, oracle, text, capacity)], report)
+    report("writing and checking the graphs that choose tokens")
+    sampler = write_sampler(directory, half.config.vocab_size)
+    checks += run_checks(sampler_checks(directory, sampler), report)
     quality = None
     if not model.synthetic:
         report("measuring quality in PyTorch")
@@ -105,7 +109,7 @@ def export_for_cuda(
         family="decoder",
         tasks=("generate",),
         limits=Limits(max_model_len=max_model_len),
-        graphs=(step, *write_sampler(directory, half.config.vocab_size)),
+        graphs=(step, *sampler),
         states=states,
         golden=record_half_golden(oracle, Oracle(half), samples, capacity, directory),
         certificate=Certificate(checks=tuple(checks), quality=quality),

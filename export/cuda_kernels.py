@@ -13,30 +13,57 @@ from onnx_ir import DataType
 _HALF = frozenset({DataType.FLOAT16, DataType.BFLOAT16})
 _FLOATS = _HALF | {DataType.FLOAT}
 _INTEGERS = frozenset({DataType.INT32, DataType.INT64})
-_ANY = _FLOATS | _INTEGERS | {DataType.BOOL}
+_WIDE = frozenset({DataType.FLOAT, DataType.DOUBLE})
+_NUMBERS = _WIDE | _INTEGERS | {DataType.FLOAT16}
+_ANY = _FLOATS | _WIDE | _INTEGERS | {DataType.BOOL}
 # By operator: types of the first input that the provider has a kernel for (docs/OperatorKernels.md of ONNX Runtime).
 _KERNELS = {
-    "Add": _FLOATS | _INTEGERS,
+    "Add": _FLOATS | _NUMBERS,
+    "And": {DataType.BOOL},
     "Cast": _ANY,
+    "Clip": _WIDE | {DataType.FLOAT16, DataType.INT64},
     "Concat": _ANY,
+    "CumSum": _NUMBERS,
+    "Div": _FLOATS | _NUMBERS,
+    "Equal": _NUMBERS | {DataType.BOOL},
+    "Exp": _FLOATS | _WIDE,
     "Gather": _ANY,
+    "GatherElements": _ANY,
     "Gelu": _FLOATS,
     "Gemm": _FLOATS,
+    "Greater": _NUMBERS,
+    "GreaterOrEqual": _NUMBERS,
     "LayerNormalization": _FLOATS,
+    "Less": _NUMBERS,
+    "LessOrEqual": _NUMBERS,
+    "Log": _WIDE | {DataType.FLOAT16},
     "MatMul": _FLOATS,
-    "Mul": _FLOATS | _INTEGERS,
+    "Min": _NUMBERS,
+    "Mul": _FLOATS | _NUMBERS,
+    "Not": {DataType.BOOL},
+    "Or": {DataType.BOOL},
+    "Pad": _WIDE | {DataType.FLOAT16, DataType.BOOL},
     "RMSNormalization": _FLOATS,
     "Range": _INTEGERS | {DataType.FLOAT},
+    "ReduceMax": _NUMBERS,
+    "ReduceMin": _NUMBERS,
+    "ReduceSum": _FLOATS | _NUMBERS,
     "Relu": _FLOATS,
     "Reshape": _ANY,
+    "ScatterElements": _ANY,
     "Shape": _ANY,
+    "Slice": _ANY,
     "Squeeze": _ANY,
-    "Sub": _FLOATS | _INTEGERS,
+    "Sub": _FLOATS | _NUMBERS,
+    "TopK": _NUMBERS,
     "Unsqueeze": _ANY,
+    "Where": {DataType.BOOL},
     "com.microsoft::GroupQueryAttention": _HALF,
     "com.microsoft::QuickGelu": _FLOATS,
     "com.microsoft::SkipSimplifiedLayerNormalization": _FLOATS,
 }
+# The last version of ONNX whose operator the provider has, where there are later ones.
+_NEWEST = {"Pad": 18, "ReduceMax": 18, "ReduceMin": 18}
 # Inputs that the provider's kernels read on the host.
 _HOST_INPUTS = {
     "Range": {0, 1, 2},
@@ -50,8 +77,13 @@ _SHAPE_ARITHMETIC = {"Add", "Cast", "Concat", "Gather", "Mul", "Squeeze", "Sub",
 
 def nodes_without_kernel(graph: ir.Graph) -> list[str]:
     """Return the operators, with the type of their first input, that the CUDA provider cannot run."""
-    nodes = ((_name(node), node.inputs[0].dtype if node.inputs and node.inputs[0] else None) for node in graph)
-    return [f"{name} of {dtype}" for name, dtype in nodes if dtype not in _KERNELS.get(name, ())]
+    version = graph.opset_imports[""]
+    found = []
+    for node in graph:
+        name, dtype = _name(node), node.inputs[0].dtype if node.inputs and node.inputs[0] else None
+        if dtype not in _KERNELS.get(name, ()) or version > _NEWEST.get(name, version):
+            found.append(f"{name} of {dtype} in opset {version}")
+    return found
 
 
 def copies(graph: ir.Graph) -> list[str]:

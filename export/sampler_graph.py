@@ -140,7 +140,7 @@ class _Filters:
         within_top_k = torch.where(self.has_top_k, _at(cumulative, self.top_k.clamp(max=size) - 1), whole)
         before = _count(cumulative < (self.top_p * within_top_k)[:, None])  # the next token reaches the share
         likely = _count(candidates >= self.min_p[:, None])
-        kept, known = self.top_k, torch.ones_like(self.has_top_k)
+        kept, known = self.top_k, self.top_k > 0  # always
         if size < self.vocab_size:
             known = ~self.has_top_p | ~self.has_top_k | (self.top_k <= size)
             before = torch.where(before < size, before, self.vocab_size)

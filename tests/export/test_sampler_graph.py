@@ -1,15 +1,18 @@
 """The sampler graphs in ONNX Runtime: against definitions in float64, at the edges, row by row."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
 
 from attendant.bundle import NOT_FINITE, NOT_RANKED
 from export.sampler import sampler_graphs
+from export.sampler_check import sampler_checks
 from export.sampler_graph import CANDIDATES, LogprobsGraph, SamplerGraph
 
 V = 5003
@@ -222,6 +225,25 @@ def test_the_graph_is_the_module(choose: Choose) -> None:
     wanted = {"top_k": 30, "top_p": 0.9, "uniform": np.random.default_rng(13).random(25), "inverse_temperature": 0.8}
     tensors = {name: torch.from_numpy(array) for name, array in inputs(rows, **wanted).items()}
     assert SamplerGraph(V)(**tensors).tolist() == choose(rows, **wanted).tolist()
+
+
+def test_every_check_of_the_certificate_passes(sampler_directory: Path) -> None:
+    assert [check for check in sampler_checks(sampler_directory, sampler_graphs(V)) if not check.passed] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "operator", "wrong"),
+    [("sample", "Exp", "Sigmoid"), ("sample_filtered", "ReduceMin", "ReduceMax"), ("logprobs", "Log", "Sqrt")],
+)
+def test_a_wrong_operator_fails_the_certificate(
+    sampler_directory: Path, tmp_path: Path, kind: str, operator: str, wrong: str
+) -> None:
+    shutil.copytree(sampler_directory, tmp_path, dirs_exist_ok=True)
+    model = onnx.load(tmp_path / f"{kind}.onnx")
+    for node in model.graph.node:
+        node.op_type = wrong if node.op_type == operator else node.op_type
+    onnx.save(model, tmp_path / f"{kind}.onnx")
+    assert not all(check.passed for check in sampler_checks(tmp_path, sampler_graphs(V)))
 
 
 def test_log_probabilities_are_those_of_the_logits(sessions: dict[str, ort.InferenceSession]) -> None:
