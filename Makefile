@@ -1,6 +1,9 @@
 # Everything from a fresh clone: each target first makes what it needs. Only python3 (3.11 or newer) and make
 # must be there.
 
+# Exports take turns on one core each: two at once. What they say begins with the bundle's name.
+MAKEFLAGS += --jobs=2
+
 PYTHON ?= python3
 # Which ONNX Runtime is installed: cpu or gpu.
 RUNTIME ?= cpu

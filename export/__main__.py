@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
 
     def report(line: str) -> None:
-        print(f"{time.monotonic() - started:6.1f} s  {line}", flush=True)
+        print(f"{given.name}  {time.monotonic() - started:5.1f} s  {line}", flush=True)
 
     try:
         target = Target(repository=given.repository, name=given.name, version=given.version)
