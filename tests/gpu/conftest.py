@@ -1,10 +1,12 @@
 """One suite for the CPU and for CUDA: the same tests on the same decoder, held to what each kind of bundle promises.
 
-A test that takes `served` runs for fp32 on the CPU, which proves the test itself, and for fp16 and bf16 on CUDA.
-Without a CUDA device the latter are skipped and the last lines of the run say so; with a device but the CPU build of
-ONNX Runtime they fail. The oracle is the PyTorch decoder in float32, with the weights of the bundle.
+A test that takes `served` runs for fp16 and bf16 on CUDA, and on the CPU for fp32 and for the fp16 bundle, whose step
+graph ONNX Runtime can run there: so the tests themselves are proved, tolerances included. Without a CUDA device what is
+for CUDA is skipped and the last lines of the run say so; with a device but the CPU build of ONNX Runtime it fails. The
+oracle is the PyTorch decoder in float32, with the weights of the bundle.
 """
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ import grpc
 import onnxruntime
 import pytest
 
+from attendant.bundle import MANIFEST_NAME
 from attendant.v1 import generation_pb2 as pb
 from service.bundle import FoundBundle, scan
 from service.engine.device_identity import cuda_device
@@ -20,7 +23,7 @@ from tests.end_to_end.conftest import Server, eventually, refusal_of
 
 __all__ = ["eventually", "refusal_of"]  # fixtures
 
-TARGETS = ["cpu-fp32", *(pytest.param(f"cuda-{half}", marks=pytest.mark.gpu) for half in ("fp16", "bf16"))]
+TARGETS = ["cpu-fp32", "cpu-fp16", *(pytest.param(f"cuda-{half}", marks=pytest.mark.gpu) for half in ("fp16", "bf16"))]
 NEED_GPU = pytest.StashKey[set[str]]()
 PATIENCE = 300.0  # seconds until bundles are served: a device's libraries and graphs take their time
 
@@ -83,7 +86,8 @@ class Served:
         self.model = found.manifest.key
         self.decoder = decoder
         self.text = text
-        self.is_exact = found.manifest.target == "cpu"
+        self.target = found.manifest.target
+        self.is_exact = found.manifest.precision == "fp32"
 
     def logits(self, token_ids: Sequence[int]):
         """Return what the oracle makes of every position, [T, V], and how far a logit of each may be off, [T, 1]."""
@@ -126,7 +130,7 @@ class Served:
     @property
     def memory_bytes(self) -> float:
         """What the server holds: of the device's memory, or of the machine's if it runs on the CPU."""
-        if self.is_exact:
+        if self.target == "cpu":
             return self.server.resident_bytes
         return self.server.value("attendant_gpu_memory_used_bytes")
 
@@ -156,6 +160,17 @@ def exported(tmp_path_factory: pytest.TempPathFactory):
     return export
 
 
+def retargeted(found: FoundBundle, target: str, repository: Path) -> FoundBundle:
+    """Return a copy of a bundle that says that it is for something else."""
+    manifest = found.manifest
+    directory = repository / manifest.name / str(manifest.version)
+    shutil.copytree(found.directory, directory)
+    (directory / MANIFEST_NAME).write_text(manifest.model_copy(update={"target": target}).model_dump_json())
+    (copied,) = scan(repository)
+    assert isinstance(copied, FoundBundle), copied.reason
+    return copied
+
+
 @pytest.fixture(scope="session", params=TARGETS)
 def served(request: pytest.FixtureRequest, exported, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The trained language model, served on the CPU or on CUDA; tests share it and leave it idle."""
@@ -165,6 +180,8 @@ def served(request: pytest.FixtureRequest, exported, tmp_path_factory: pytest.Te
     if provider == "cuda":
         request.getfixturevalue("cuda")
     found, decoder = exported(precision)
+    if provider != found.manifest.target:
+        found = retargeted(found, provider, tmp_path_factory.mktemp("retargeted"))
     arguments = ("--provider", provider, "--max-num-seqs", "16")
     server = Server(found.directory.parents[1], tmp_path_factory.mktemp("server") / "log", arguments)
     text = tokens_of(QUALITY, (found.directory / "tokenizer.json").read_text("utf-8")).tolist()

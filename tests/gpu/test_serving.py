@@ -80,11 +80,11 @@ def test_memory_stays_at_the_level_of_the_first_full_house(served, eventually) -
 def test_the_models_entry_says_what_was_measured_at_load(served) -> None:
     model = served.server.models.GetModel(models_pb.GetModelRequest(model=served.model)).model
     checks = {check.name: check for check in model.checks}
-    exact = "bits that differ" if served.is_exact else "difference"
+    apart = "bits that differ" if served.target == "cpu" else "difference"
     for between in ("one pass and chunks", "a row alone and among others", "a prompt and its copy"):
-        check = checks[f"{exact} between {between}"]
-        assert check.measured <= check.bound == (0 if served.is_exact else served.found.manifest.golden.bound)
-    assert served.value("model_info", target="cpu" if served.is_exact else "cuda") == 1
+        check = checks[f"{apart} between {between}"]
+        assert check.measured <= check.bound == (0 if served.target == "cpu" else served.found.manifest.golden.bound)
+    assert served.value("model_info", target=served.target) == 1
 
 
 @pytest.mark.parametrize(

@@ -81,14 +81,10 @@ async def check(served, seconds: float, eventually) -> None:
     assert "Traceback" not in served.server.log.read_text()
 
 
-def kind(served) -> str:
-    return str(served.found.manifest.target)
-
-
 async def test_a_crowd_leaves_nothing_behind(served, eventually) -> None:
-    await check(served, SECONDS[kind(served)], eventually)
+    await check(served, SECONDS[served.target], eventually)
 
 
 @pytest.mark.slow
 async def test_a_crowd_leaves_nothing_behind_after_five_minutes(served, eventually) -> None:
-    await check(served, LONG_SECONDS[kind(served)], eventually)
+    await check(served, LONG_SECONDS[served.target], eventually)
