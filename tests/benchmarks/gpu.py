@@ -3,11 +3,13 @@
     python tests/benchmarks/gpu.py --repository build/gpu-bundles --model llama-7b --results build/report/llama-7b.json
 
 What is measured is written after every round; the same command goes on where the last one stopped, and leaves with
-status 3 while something is left to do. `--provider cpu` runs all of it on the CPU, to prove the code and no speed.
+status 3 while something is left to do. `--provider cpu` runs all of it on the CPU, `--provider host` our side by the
+device's path on the host's memory: to prove the code and no speed.
 """
 
 import argparse
 import contextlib
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -50,6 +52,11 @@ class Run:
     compiled: bool
     deadline: float
 
+    @property
+    def device(self) -> str:
+        """Where everything but our engine's memory is: "cuda", or "cpu"."""
+        return "cuda" if self.provider == "cuda" else "cpu"
+
 
 def given_to(side: str, run: Run, group: Group) -> dict[str, object]:
     """Return what a side is to load: its model, and room for the group's rows around its context."""
@@ -57,7 +64,7 @@ def given_to(side: str, run: Run, group: Group) -> dict[str, object]:
     if side == "ours":
         ours = {"repository": str(run.repository), "name": run.model, "provider": run.provider, "threads": run.threads}
         return {**ours, **shared, "slots": max(group.rows)}
-    theirs = {"shape": asdict(SHAPES[run.shape]), "device": run.provider, "compiled": run.compiled}
+    theirs = {"shape": asdict(SHAPES[run.shape]), "device": run.device, "compiled": run.compiled}
     return {**theirs, **shared, "precision": run.precision}
 
 
@@ -90,7 +97,7 @@ def measure(run: Run, group: Group, results: Results, path: Path) -> None:
             workers = {side: stack.enter_context(Worker(SCRIPTS[side], run.deadline)) for side in names}
             told = {side: asked(worker, "load", **given_to(side, run, group)) for side, worker in workers.items()}
             if "result" in told.get("theirs", {}) and not results.ceilings:
-                results.ceilings = asked(workers["theirs"], "ceilings", **CEILING_SIZES[run.provider])["result"]
+                results.ceilings = asked(workers["theirs"], "ceilings", **CEILING_SIZES[run.device])["result"]
             for side, cell, number, job in left:
                 print(f"{cell}, {side}, round {number + 1}", file=sys.stderr, flush=True)
                 results.record(cell, side, told[side] if "error" in told[side] else asked(workers[side], **job))
@@ -100,11 +107,11 @@ def measure(run: Run, group: Group, results: Results, path: Path) -> None:
 def through_the_server(run: Run, results: Results, path: Path, flags: list[str]) -> None:
     """Measure a closed loop of callers through a real server, once for each number of streams."""
     left = [streams for streams in STREAMS if str(streams) not in results.served]
-    if not left:
+    if not left or "served" in results.failed:
         return
     if time.monotonic() > run.deadline - SERVED_SECONDS:
         raise WorkerEnded("no server was started any more", made_to=True)
-    with serve(run.repository, [run.model], run.threads, ["--provider", run.provider, *flags]) as served:
+    with serve(run.repository, [run.model], run.threads, ["--provider", run.device, *flags]) as served:
         for streams in left:
             workload = Workload(
                 name=f"{streams} streams",
@@ -158,7 +165,11 @@ def main(argv: list[str] | None = None) -> int:
         for group in groups(SHAPES[run.shape], run.precision, given.contexts, given.rows, run.steps, memory):
             measure(run, group, results, given.results)
         if given.served:
-            through_the_server(run, results, given.results, given.flag)
+            try:
+                through_the_server(run, results, given.results, given.flag)
+            except (RuntimeError, subprocess.CalledProcessError) as error:  # the server or its client did not come up
+                results.record("served", "ours", {"error": str(error)})
+                results.write(given.results)
     except WorkerEnded as ended:
         print(f"{ended}: the time is over, run the same command again", file=sys.stderr)
         status = UNFINISHED
@@ -172,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="its name")
     parser.add_argument("--shape", choices=sorted(SHAPES), help="its shape, if its name does not say")
     parser.add_argument("--results", type=Path, required=True, help="the file to keep figures in, and to go on with")
-    parser.add_argument("--provider", choices=sorted(CEILING_SIZES), default="cuda", help="default: %(default)s")
+    parser.add_argument("--provider", choices=("cuda", "cpu", "host"), default="cuda", help="default: %(default)s")
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, help="tokens; default: %(default)s")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="batch sizes; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="of each cell and side; default: %(default)s")

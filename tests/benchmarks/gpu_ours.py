@@ -7,7 +7,7 @@ same rows: what a step takes longer is what the engine costs.
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,13 @@ from gpu_cells import capacity_for
 from gpu_worker import answer, spread
 
 from service.bundle import FoundBundle, scan
+from service.engine.choosing import DeviceChooser
+from service.engine.cuda_device import CudaDevice
+from service.engine.device import Device, HostDevice
+from service.engine.device_graph import DeviceGraph
+from service.engine.device_sampler import DeviceSampler
 from service.engine.engine import Engine
+from service.engine.graph import Graph
 from service.engine.runtime import use_threads
 from service.engine.step_graph import StepGraph
 from service.scheduling.config import SchedulerConfig
@@ -27,12 +33,17 @@ from service.scheduling.request import Request, SamplingParams
 from service.scheduling.scheduler import Scheduler
 
 STEP_TOKENS = 8192  # of prompts in a step: all rows join within a few
+DEVICES: dict[str, Callable[[], Device]] = {"cuda": CudaDevice, "host": HostDevice}
+POWERS = tuple(2**power for power in range(12))
 TAIL = 4  # tokens of a prompt that no other shares
 WARM_UP = 3
 
 
 class Side:
-    """One bundle on one device."""
+    """One bundle on one device; `host` is the device path on the host's memory, to prove it without a GPU."""
+
+    _graph: Graph[Any]
+    _run_alone: Callable[[Sequence[int], Sequence[int]], object]
 
     def load(
         self, *, repository: str, name: str, provider: str, threads: int, slots: int, context: int, steps: int
@@ -41,9 +52,14 @@ class Side:
         use_threads(threads)
         found = next(b for b in scan(Path(repository)) if isinstance(b, FoundBundle) and b.manifest.name == name)
         capacity = min(capacity_for(context, steps), found.manifest.limits.max_model_len)
-        self._graph = StepGraph(found, slots, capacity)
-        self._engine = Engine(self._graph)
-        self._wait: Callable[[], None] = lambda: None
+        buckets: tuple[int, ...] = ()
+        if provider == "cpu":
+            self._graph = StepGraph(found, slots, capacity)
+            self._engine = Engine(self._graph)
+            self._run_alone = self._graph.decode
+        else:
+            buckets = (*(size for size in POWERS if size < slots), slots)
+            self._open_on(DEVICES[provider](), found, capacity, buckets)
         self._config = SchedulerConfig(
             num_slots=slots,
             capacity=capacity,
@@ -51,9 +67,25 @@ class Side:
             chunk_tokens=STEP_TOKENS,
             idle_chunk_tokens=STEP_TOKENS,
             reuses_prefixes=True,
+            row_buckets=buckets,
         )
         self._vocab = self._graph.vocab_size
         return {"precision": found.manifest.precision, "sha256": found.sha256, "capacity": capacity}
+
+    def _open_on(self, device: Device, found: FoundBundle, capacity: int, buckets: tuple[int, ...]) -> None:
+        """Load the bundle on a device, with everything captured that the server captures."""
+        graph = DeviceGraph(found, buckets[-1], capacity, device, buckets)
+        sampler = DeviceSampler(found, graph.logits, buckets)
+        graph.capture()
+        sampler.capture()
+        self._graph, self._engine = graph, Engine(graph, DeviceChooser(graph, sampler))
+
+        def run_alone(token_ids: Sequence[int], lengths: Sequence[int]) -> None:
+            graph.take()
+            graph.decode(token_ids, lengths)
+            device.synchronize()
+
+        self._run_alone = run_alone
 
     def decode(self, *, rows: int, context: int, steps: int) -> dict[str, Any]:
         """Return the seconds of decode steps around a context: of the engine, and of its graph alone."""
@@ -102,8 +134,7 @@ class Side:
         tokens, seconds = [1] * rows, []
         for step in range(steps):
             started = time.perf_counter()
-            self._graph.decode(tokens, [start + step + 1] * rows)
-            self._wait()
+            self._run_alone(tokens, [start + step + 1] * rows)
             seconds.append(time.perf_counter() - started)
         return seconds
 

@@ -15,7 +15,7 @@ from typing import Any, Self
 Job = dict[str, Any]
 
 
-class WorkerEnded(RuntimeError):
+class WorkerEnded(Exception):
     """A worker left before it answered; `made_to`: because its time was over."""
 
     def __init__(self, message: str, *, made_to: bool) -> None:

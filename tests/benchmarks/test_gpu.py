@@ -174,6 +174,43 @@ def test_a_bundle_that_is_not_there_is_told(tmp_path, capsys):
     assert "holds no sound bundle llama-7b: export it first" in capsys.readouterr().err
 
 
+@pytest.fixture
+def device_repository(tiny_repository, tmp_path: Path) -> Path:
+    """A repository with tiny-fp32, which also holds what chooses tokens on a device."""
+    import hashlib
+    import shutil
+
+    from export.sampler import write_sampler
+
+    directory = tmp_path / "repository" / "tiny-fp32" / "1"
+    shutil.copytree(tiny_repository / "tiny-fp32" / "1", directory)
+    path = directory / "manifest.json"
+    manifest = json.loads(path.read_text())
+    before = set(directory.iterdir())
+    manifest["graphs"] += [graph.model_dump(mode="json") for graph in write_sampler(directory, TINY.vocab_size)]
+    for file in sorted(set(directory.iterdir()) - before):
+        content = file.read_bytes()
+        manifest["files"].append(
+            {"name": file.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        )
+    path.write_text(json.dumps(manifest))
+    return tmp_path / "repository"
+
+
+@pytest.mark.slow
+def test_our_side_runs_by_the_devices_path_on_the_hosts_memory(device_repository, tmp_path, monkeypatch):
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
+    path = tmp_path / "results.json"
+    command = ["--repository", str(device_repository), "--model", "tiny-fp32", "--shape", "tiny", "--provider", "host"]
+    command += ["--results", str(path), "--contexts", "32", "--rows", "1", "3", "8", "--steps", "4", "--rounds", "1"]
+    assert gpu.main([*command, "--no-compiled", "--memory-gib", "16", "--no-served"]) == 0
+    found = json.loads(path.read_text())
+    assert found["failed"] == {}
+    assert {name: [*sides] for name, sides in found["rounds"].items()} == {
+        name: ["ours", "theirs"] for name in (*(key("decode", 32, rows) for rows in (1, 3, 8)), key("prefill", 32, 1))
+    }
+
+
 @pytest.mark.slow
 def test_all_of_it_runs_on_the_cpu_stops_when_its_time_is_over_and_goes_on(
     tiny_repository, tmp_path, monkeypatch, capsys
