@@ -81,8 +81,10 @@ def nodes_without_kernel(graph: ir.Graph) -> list[str]:
     found = []
     for node in graph:
         name, dtype = _name(node), node.inputs[0].dtype if node.inputs and node.inputs[0] else None
-        if dtype not in _KERNELS.get(name, ()) or version > _NEWEST.get(name, version):
-            found.append(f"{name} of {dtype} in opset {version}")
+        if dtype not in _KERNELS.get(name, ()):
+            found.append(f"{name} of {dtype}")
+        elif version > _NEWEST.get(name, version):
+            found.append(f"{name} of opset {version}")
     return found
 
 

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
 
 from attendant.bundle import NOT_FINITE, NOT_RANKED
+from export.cuda_kernels import nodes_without_kernel
 from export.sampler import sampler_graphs
 from export.sampler_check import sampler_checks
 from export.sampler_graph import CANDIDATES, LogprobsGraph, SamplerGraph
@@ -244,6 +246,15 @@ def test_a_wrong_operator_fails_the_certificate(
         node.op_type = wrong if node.op_type == operator else node.op_type
     onnx.save(model, tmp_path / f"{kind}.onnx")
     assert not all(check.passed for check in sampler_checks(tmp_path, sampler_graphs(V)))
+
+
+def test_operators_that_cuda_has_in_older_versions_only_are_found(sampler_directory: Path) -> None:
+    model = ir.load(sampler_directory / "sample.onnx")
+    assert nodes_without_kernel(model.graph) == []
+    model.graph.opset_imports[""] = 23
+    assert set(nodes_without_kernel(model.graph)) == {
+        f"{name} of opset 23" for name in ("Pad", "ReduceMax", "ReduceMin")
+    }
 
 
 def test_log_probabilities_are_those_of_the_logits(sessions: dict[str, ort.InferenceSession]) -> None:
