@@ -16,12 +16,12 @@ from typing import Self
 from attendant.bundle import Check, Manifest
 from service.bundle import FoundBundle, verify_files
 from service.bundle_thread import BundleThread
+from service.engine.assembly import assemble
+from service.engine.device import Device
 from service.engine.engine import Engine
-from service.engine.pools import pool_size
 from service.engine.probe import generation_probe
 from service.engine.runtime import use_threads
 from service.engine.self_test import check_bundle
-from service.engine.step_graph import StepGraph
 from service.errors import (
     AttendantError,
     ContextLengthExceeded,
@@ -64,7 +64,8 @@ class EngineOptions:
     Args:
         num_slots: sequences that run at once.
         max_waiting_requests: requests that wait for a slot before more are turned away.
-        kv_memory: bytes for the states of all sequences.
+        kv_memory: bytes for the states of all sequences; on a GPU, what its free memory allows if None.
+        num_bundles: bundles that share what is free then.
         prefill_chunk_tokens: longest prefill chunk while other sequences decode.
         idle_chunk_tokens: longest prefill chunk while nothing decodes.
         inter_token_target_seconds: between two tokens of a stream; it sizes the prefill chunks beside it, if not 0.
@@ -76,7 +77,8 @@ class EngineOptions:
 
     num_slots: int = 32
     max_waiting_requests: int = 256
-    kv_memory: int = 4 << 30
+    kv_memory: int | None = 4 << 30
+    num_bundles: int = 1
     prefill_chunk_tokens: int = 256
     idle_chunk_tokens: int = 512
     inter_token_target_seconds: float = 0.1
@@ -119,7 +121,7 @@ class EngineLoop(BundleThread):
         self._scheduler = Scheduler(config, self._predict)
         self._options = options
         self._metrics = metrics
-        metrics.memory_is(self._scheduler.config.kv_budget, PAGE_POSITIONS, options.num_slots)
+        metrics.memory_is(config.kv_budget, PAGE_POSITIONS, config.num_slots)
         self._queue_seconds = 0.0  # as foreseen when `_forecast_at` was last put off
         self._forecast_at = 0.0
         # Only the CPU's kernels give the same bits in any batch.
@@ -130,8 +132,16 @@ class EngineLoop(BundleThread):
         self._last_finishes: deque[float] = deque(maxlen=16)
 
     @classmethod
-    def load(cls, found: FoundBundle, options: EngineOptions, metrics: ModelMetrics) -> Self:
+    def load(
+        cls, found: FoundBundle, options: EngineOptions, metrics: ModelMetrics, device: Device | None = None
+    ) -> Self:
         """Verify a bundle, load its graph, and run every load-time check. Blocks for seconds.
+
+        Args:
+            found: the bundle.
+            options: how much of the machine it may use.
+            metrics: what is told of it.
+            device: what runs it; if None, the processor or the GPU, as the bundle says.
 
         Raises:
             BundleRefused: a check failed; the message says which and by how much.
@@ -140,29 +150,36 @@ class EngineLoop(BundleThread):
         started = time.perf_counter()
         verify_files(found)
         use_threads(options.threads)
-        size = pool_size(found.manifest, options.num_slots, options.kv_memory)
-        graph = StepGraph(found, options.num_slots, size.capacity)
+        assembly = assemble(
+            found,
+            max_slots=options.num_slots,
+            kv_memory=options.kv_memory,
+            num_bundles=options.num_bundles,
+            device=device,
+        )
+        graph = assembly.checked
         latency = LatencyModel()
         graph.observer = latency.observe
         checks = check_bundle(found, graph)
         graph.observer = None
         probe = generation_probe(found, graph)
         config = SchedulerConfig(
-            num_slots=options.num_slots,
-            capacity=size.capacity,
-            kv_budget=size.budget,
+            num_slots=assembly.num_slots,
+            capacity=assembly.size.capacity,
+            kv_budget=assembly.size.budget,
             chunk_tokens=options.prefill_chunk_tokens,
             idle_chunk_tokens=options.idle_chunk_tokens,
             inter_token_target=options.inter_token_target_seconds,
             ageing=options.ageing_seconds,
             prefill_chunk=found.manifest.limits.prefill_chunk,
-            window=size.window,
+            window=assembly.size.window,
             reuses_prefixes=graph.rewinds and graph.prefill_chunk is None,
             joins_prompts=graph.joins_prompts,
+            row_buckets=assembly.row_buckets,
         )
         return cls(
             manifest=found.manifest,
-            engine=Engine(graph, probe=probe),
+            engine=Engine(assembly.graph, assembly.chooser, probe),
             config=config,
             options=options,
             metrics=metrics,
@@ -210,7 +227,7 @@ class EngineLoop(BundleThread):
                 limit=limit,
                 limit_name=self.capacity_name if limit == self.capacity else "kv_memory",
             )
-        limit = self._options.num_slots + self._options.max_waiting_requests
+        limit = self.num_slots + self._options.max_waiting_requests
         if len(self._streams) >= limit:
             raise QueueFull(
                 f"{len(self._streams)} requests run or wait, the limit is {limit}",
@@ -372,6 +389,7 @@ class EngineLoop(BundleThread):
         self._commands.put(_Stop())
 
     def _work(self) -> None:
+        self._engine.prepare()
         while self._take_commands():
             if self._scheduler.has_work:
                 self._step()

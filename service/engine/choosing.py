@@ -51,6 +51,9 @@ class Outcome:
 class Chooser(Protocol[Rows_contra]):
     """Chooses tokens from what a graph says of its logits, step by step."""
 
+    def prepare(self) -> None:
+        """Do what has to be done once, on the thread that is to run steps, while all slots are free."""
+
     def start(self) -> None:
         """Begin a step."""
 
@@ -76,6 +79,9 @@ class HostChooser:
         self._sampler = Sampler(vocab_size)
         self._clock = clock
         self._times: list[float] = []
+
+    def prepare(self) -> None:
+        """Do nothing."""
 
     def start(self) -> None:
         """Begin a step."""
@@ -123,6 +129,11 @@ class DeviceChooser:
         self._events = [graph.device.event()]
         self._num_events = 0
         self._wanted: dict[int, Wanted] = {}
+
+    def prepare(self) -> None:
+        """Capture the runs of every size, of the graph and of the sampler."""
+        self._graph.capture()
+        self._sampler.capture()
 
     def start(self) -> None:
         """Begin a step, from the first row of the logits."""

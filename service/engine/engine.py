@@ -31,6 +31,10 @@ class Engine:
         self._probe = probe
         self._chooser: Chooser[Any] = chooser or HostChooser(graph.vocab_size)
 
+    def prepare(self) -> None:
+        """Do what has to be done once, on the thread that is to call `execute`, before anything is served."""
+        self._chooser.prepare()
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Carry out a plan and return a token or a failure for each of its samples.
 

@@ -22,6 +22,7 @@ Array = NDArray[np.generic]
 
 # The golden run and the self-test need rows of this length.
 _CHECKED_POSITIONS = 256
+_STATES_SHARE = 0.85
 _MAP_NORESERVE = 0x4000  # Linux: address space is not counted as memory
 
 
@@ -259,6 +260,14 @@ def device_slots(manifest: Manifest, max_slots: int, kv_memory: int) -> int:
             f"holds {manifest.limits.max_model_len} tokens"
         )
     return min(max_slots, kv_memory // slot_bytes)
+
+
+def free_for_states(free: int, weights: int, num_bundles: int) -> int:
+    """Return what of a device's free bytes the states of one of several bundles may take, none of which is loaded yet.
+
+    The rest is for what runs need beside weights and states, and for who else uses the device.
+    """
+    return max(0, int(_STATES_SHARE * (free - weights))) // num_bundles
 
 
 def _window(appended: Iterable[StateSpec]) -> int | None:

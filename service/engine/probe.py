@@ -15,8 +15,8 @@ from service.bundle import FoundBundle
 from service.engine.agreement import Agreement
 from service.engine.encode_graph import EncodeGraph
 from service.engine.encode_self_test import golden_items
+from service.engine.graph import HostGraph
 from service.engine.self_test import golden_prompt
-from service.engine.step_graph import StepGraph
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Probe:
             )
 
 
-def generation_probe(found: FoundBundle, graph: StepGraph) -> Probe:
+def generation_probe(found: FoundBundle, graph: HostGraph) -> Probe:
     """Return a probe that reads a source if there is one, prefills, and decodes one token; slot 0 must be free."""
     prompt, source = golden_prompt(found)
     prompt = prompt[: min(_PROMPT_TOKENS, graph.capacity - 1)]

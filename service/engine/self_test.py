@@ -14,14 +14,14 @@ from attendant.bundle import Check, Golden
 from attendant.processor import processor_features
 from service.bundle import BundleRefused, FoundBundle
 from service.engine.agreement import Agreement, relative_error
+from service.engine.graph import HostGraph
 from service.engine.source_graph import SourceGraph
-from service.engine.step_graph import StepGraph
 from service.scheduling.request import Source
 
 _Arrays = Mapping[str, NDArray[np.generic]]
 
 
-def check_bundle(found: FoundBundle, graph: StepGraph) -> tuple[Check, ...]:
+def check_bundle(found: FoundBundle, graph: HostGraph) -> tuple[Check, ...]:
     """Run every load-time check that fits the pools; slots are left free and their memory given back.
 
     Raises:
@@ -61,7 +61,7 @@ def golden_prompt(found: FoundBundle) -> tuple[list[int], Source | None]:
     return _ids(arrays["prompt"]), _source(arrays)
 
 
-def _replay(golden: Golden, arrays: _Arrays, graph: StepGraph) -> list[Check]:
+def _replay(golden: Golden, arrays: _Arrays, graph: HostGraph) -> list[Check]:
     bitwise = golden.bitwise and set(golden.bitwise_on) == set(processor_features())
     text = _ids(arrays["text"])[: graph.capacity]
     _begin(graph, 0, _source(arrays))
@@ -129,17 +129,17 @@ def _sources(arrays: Iterable[NDArray[np.generic]]) -> list[Source]:
     ]
 
 
-def _begin(graph: StepGraph, slot: int, source: Source | None) -> None:
+def _begin(graph: HostGraph, slot: int, source: Source | None) -> None:
     graph.begin(slot, graph.sources.run([source])[0] if graph.sources and source else None)
 
 
-def _one_pass(graph: StepGraph, prompt: Sequence[int], arrays: _Arrays) -> NDArray[np.float32]:
+def _one_pass(graph: HostGraph, prompt: Sequence[int], arrays: _Arrays) -> NDArray[np.float32]:
     _begin(graph, 0, _source(arrays))
     logits: NDArray[np.float32] = graph.feed(0, prompt)[0]
     return logits
 
 
-def _ragged(graph: StepGraph, arrays: _Arrays) -> NDArray[np.float32] | None:
+def _ragged(graph: HostGraph, arrays: _Arrays) -> NDArray[np.float32] | None:
     """Decode the golden rows together; None if there are fewer slots than rows."""
     lengths = _ids(arrays["ragged_lengths"])
     if len(lengths) > graph.num_slots:
@@ -155,7 +155,7 @@ def _ragged(graph: StepGraph, arrays: _Arrays) -> NDArray[np.float32] | None:
     return logits
 
 
-def _invariance(agreement: Agreement, arrays: _Arrays, graph: StepGraph) -> Iterator[Check]:
+def _invariance(agreement: Agreement, arrays: _Arrays, graph: HostGraph) -> Iterator[Check]:
     if graph.prefill_chunk is None:
         yield _chunks_check(agreement, arrays, graph)
     if graph.joins_prompts and graph.num_slots > 1:
@@ -168,7 +168,7 @@ def _invariance(agreement: Agreement, arrays: _Arrays, graph: StepGraph) -> Iter
         yield _rows_check(agreement, arrays, graph, num_rows)
 
 
-def _chunks_check(agreement: Agreement, arrays: _Arrays, graph: StepGraph) -> Check:
+def _chunks_check(agreement: Agreement, arrays: _Arrays, graph: HostGraph) -> Check:
     prompt = _ids(arrays["prompt"])[: graph.capacity - 1]
     whole = _one_pass(graph, prompt, arrays)
     _begin(graph, graph.num_slots - 1, _source(arrays))
@@ -180,7 +180,7 @@ def _chunks_check(agreement: Agreement, arrays: _Arrays, graph: StepGraph) -> Ch
     return agreement.check("one pass and chunks", [(chunked, whole)], grid)
 
 
-def _together_check(agreement: Agreement, arrays: _Arrays, graph: StepGraph) -> Check:
+def _together_check(agreement: Agreement, arrays: _Arrays, graph: HostGraph) -> Check:
     """Read prompts of several lengths in one run, padded, and each alone."""
     prompt = _ids(arrays["prompt"])[: graph.capacity // 16 * 16]
     num_rows = min(4, graph.num_slots)
@@ -199,7 +199,7 @@ def _together_check(agreement: Agreement, arrays: _Arrays, graph: StepGraph) -> 
     return agreement.check("a prompt alone and among others", pairs, grid)
 
 
-def _copy_check(agreement: Agreement, arrays: _Arrays, graph: StepGraph) -> Check:
+def _copy_check(agreement: Agreement, arrays: _Arrays, graph: HostGraph) -> Check:
     """Go on from a prompt that was computed in a slot, and from a copy of it in another."""
     prompt = _ids(arrays["prompt"])[: graph.capacity - 1]
     _one_pass(graph, prompt, arrays)
@@ -219,7 +219,7 @@ def _sources_check(agreement: Agreement, graph: SourceGraph, sources: Sequence[S
     return agreement.check("a source alone and among others", pairs, grid)
 
 
-def _rows_check(agreement: Agreement, arrays: _Arrays, graph: StepGraph, num_rows: int) -> Check:
+def _rows_check(agreement: Agreement, arrays: _Arrays, graph: HostGraph, num_rows: int) -> Check:
     """Compare rows of a ragged decode step with the same rows alone, each about a source of its own if there are any.
 
     Every slot holds the whole prompt where a row can be taken back to any of its positions.

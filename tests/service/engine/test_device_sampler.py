@@ -53,7 +53,7 @@ class Bench:
 
 @pytest.fixture(scope="module")
 def found(sampler_directory: Path) -> FoundBundle:
-    use_threads(1)
+    use_threads(2)
     return FoundBundle(sampler_directory, Manifest.model_construct(graphs=sampler_graphs(V)), "")
 
 
