@@ -26,10 +26,12 @@ PATIENCE = 60.0  # seconds after which something that should have happened has n
 
 
 class Server:
-    """`python -m service` on free ports, with a channel to it."""
+    """`python -m service`, or another program that serves, on free ports, with a channel to it."""
 
-    def __init__(self, repository: Path, log: Path, arguments: tuple[str, ...]) -> None:
-        command = [sys.executable, "-m", "service", "--repository", str(repository), "--host", "127.0.0.1"]
+    def __init__(
+        self, repository: Path, log: Path, arguments: tuple[str, ...], program: tuple[str, ...] = ("-m", "service")
+    ) -> None:
+        command = [sys.executable, *program, "--repository", str(repository), "--host", "127.0.0.1"]
         command += ["--port", "0", "--metrics-port", "0", "--kv-memory", "64MiB", *arguments]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("ATTENDANT_")}
         self.log = log
