@@ -71,7 +71,11 @@ class Settings(BaseSettings):
     metrics_port: int = Field(
         8002, ge=0, le=65535, description="TCP port of /metrics, /healthz, /readyz; 0 takes a free one"
     )
-    provider: Literal["cpu", "cuda"] = Field("cpu", description="what runs the graphs; this build serves cpu")
+    provider: Literal["cpu", "cuda"] = Field(
+        "cpu",
+        description="what runs the graphs; cuda is the first GPU that the process sees, needs the package "
+        "onnxruntime-gpu, and serves what was exported for it",
+    )
     threads: int = Field(
         default_factory=_available_cores,
         ge=1,
@@ -86,7 +90,8 @@ class Settings(BaseSettings):
     kv_memory: ByteSize = Field(
         default_factory=_half_of_available_memory,
         ge=1,
-        description="bytes for the KV states of all bundles together; half of the available memory if unset",
+        description="bytes for the KV states of all bundles together; half of the available memory if unset, or most of "
+        "a GPU's: there it decides how many of max_num_seqs run at once",
     )
     idle_release_seconds: float = Field(
         300.0, ge=0.1, le=86400, description="seconds without work before the states of old prompts leave memory"
@@ -171,19 +176,18 @@ class Settings(BaseSettings):
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
-    @field_validator("provider")
-    @classmethod
-    def _is_built(cls, value: str) -> str:
-        if value != "cpu":
-            raise ValueError("this build serves with provider cpu only")
-        return value
-
     @field_validator("seq_buckets")
     @classmethod
     def _rises(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if any(bound < 1 for bound in value) or sorted(set(value)) != list(value) or not 1 <= len(value) <= 16:
             raise ValueError("must be 1 to 16 positive numbers that rise")
         return value
+
+    @property
+    def states_memory(self) -> int | None:
+        """Bytes for the states of all bundles; None where a GPU's free memory decides."""
+        decided = self.provider == "cpu" or "kv_memory" in self.model_fields_set
+        return int(self.kv_memory) if decided else None
 
     @model_validator(mode="after")
     def _prompt_fits_message(self) -> Self:

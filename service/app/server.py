@@ -169,10 +169,14 @@ class App:
     async def _load_all(self, bundles: Sequence[FoundBundle | RefusedBundle]) -> None:
         settings = self._settings
         to_load = [bundle for bundle in bundles if isinstance(bundle, FoundBundle)]
+        manifests = [found.manifest for found in to_load if found.manifest.target == settings.provider]
+        num_generating = max(1, sum("generate" in manifest.tasks for manifest in manifests))
+        memory = settings.states_memory
         options = EngineOptions(
             num_slots=settings.max_num_seqs,
             max_waiting_requests=settings.max_waiting_requests,
-            kv_memory=settings.kv_memory // max(1, sum("generate" in found.manifest.tasks for found in to_load)),
+            kv_memory=None if memory is None else memory // num_generating,
+            num_bundles=num_generating,
             prefill_chunk_tokens=settings.prefill_chunk_tokens,
             idle_chunk_tokens=settings.idle_chunk_tokens,
             inter_token_target_seconds=settings.inter_token_target_seconds,

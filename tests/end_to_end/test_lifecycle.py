@@ -91,7 +91,7 @@ def test_a_second_server_on_a_port_fails_at_once(server, tiny_repository) -> Non
         (("--max-num-seq", "3"), {}, 2, "did you mean --max-num-seqs"),
         ((), {"ATTENDANT_REPOSITORI": "x"}, 2, "did you mean ATTENDANT_REPOSITORY"),
         ((), {"ATTENDANT_PORT": "tcp://10.0.0.7:8001"}, 2, "enableServiceLinks"),
-        (("--provider", "cuda"), {}, 2, "cpu only"),
+        (("--provider", "cuda"), {}, 1, "can be served"),
         (("--repository", "nowhere"), {}, 1, "not a directory"),
         (("--models", "nobody"), {}, 1, "tiny-fp32/1"),
     ],

@@ -60,6 +60,13 @@ def test_defaults_fit_the_machine() -> None:
     assert (settings.port, settings.metrics_port) == (8001, 8002)
 
 
+def test_a_gpu_decides_itself_what_states_take_unless_it_is_told() -> None:
+    assert load_settings(["--repository", "x", "--provider", "cuda"]).states_memory is None
+    assert load_settings(["--repository", "x", "--provider", "cuda", "--kv-memory", "3GiB"]).states_memory == 3 << 30
+    on_cpu = load_settings(["--repository", "x"])
+    assert on_cpu.states_memory == on_cpu.kv_memory
+
+
 def test_an_unknown_flag_lists_what_it_may_have_meant() -> None:
     text = reason("--repository", "x", "--max-num-seq", "3")
     assert "--max-num-seq" in text
@@ -109,7 +116,6 @@ def test_service_links_of_kubernetes_are_explained(monkeypatch: pytest.MonkeyPat
         ("--port", "http", "integer"),
         ("--kv-memory", "much", "byte"),
         ("--seq-buckets", "64,32", "rise"),
-        ("--provider", "cuda", "cpu only"),
         ("--provider", "abacus", "cuda"),
         ("--max-prompt-bytes", "8MiB", "max_message_bytes"),
         ("--drain-seconds", "nan", "86400"),
