@@ -90,8 +90,8 @@ class Settings(BaseSettings):
     kv_memory: ByteSize = Field(
         default_factory=_half_of_available_memory,
         ge=1,
-        description="bytes for the KV states of all bundles together; half of the available memory if unset, or most of "
-        "a GPU's: there it decides how many of max_num_seqs run at once",
+        description="bytes for the KV states of all bundles together; half of the available memory if unset, or most "
+        "of a GPU's: there it decides how many of max_num_seqs run at once",
     )
     idle_release_seconds: float = Field(
         300.0, ge=0.1, le=86400, description="seconds without work before the states of old prompts leave memory"
