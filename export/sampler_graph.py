@@ -2,14 +2,15 @@
 
 Everything has a shape known beforehand, no operator looks at another row, and none reads what lies in the host's
 memory, so that a GPU can record a run and repeat it. They sort no vocabulary: of the V tokens of a row only the K most
-likely are ranked, which lie in the K blocks of tokens with the highest maxima; where more pass the filters, the host
-has to choose. A GPU adds up wide rows in parallel, but ONNX Runtime's CumSum goes one element after the other there:
-hence blocks again, and no cumulative sum of a whole row.
+likely are ranked, which lie in the K blocks of tokens with the highest maxima; where a draw falls behind these, the
+host has to choose. A GPU adds up wide rows in parallel, but ONNX Runtime's CumSum goes one element after the other
+there: hence blocks again, and no cumulative sum of a whole row.
 
 B rows, V vocabulary, N blocks, K candidates, A adjustments.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -75,21 +76,25 @@ class SamplerGraph(nn.Module):
         sums = _blocks(weights, _BLOCK, 0.0).sum(-1).double().cumsum(-1)
         chosen = _draw(weights, sums, uniform)
         if top_k is not None and top_p is not None and min_p is not None:
-            filters = _Filters(top_k, top_p, min_p, self.vocab_size)
-            ranked = self._draw_filtered(weights, sums[:, -1], uniform, filters)
-            chosen = torch.where(filters.any(), ranked, chosen)
+            ranked = self._draw_filtered(weights, sums[:, -1], uniform, _Filters(top_k, top_p, min_p))
+            has_filters = (top_k > 0) & (top_k < self.vocab_size) | (top_p < 1) | (min_p > 0)
+            chosen = torch.where(has_filters, ranked, chosen)
         chosen = torch.where(greedy, best_id, chosen)
         # A row with NaN or positive infinity, or of nothing but negative infinity, has a sum that is not a number.
         return torch.where(sums[:, -1] > 0, chosen, NOT_FINITE)
 
     def _draw_filtered(self, weights: Tensor, whole: Tensor, uniform: Tensor, filters: "_Filters") -> Tensor:
-        """Draw from the candidates that pass, the most likely first, by the inverse of their cumulative sum."""
+        """Draw from what passes, the most likely first, by the inverse of its cumulative sum.
+
+        More may pass than is ranked. Then its weight is known within bounds, which mostly is enough to say which of the
+        ranked tokens is meant.
+        """
         candidates, ids = _largest(weights, self.num_candidates)
         cumulative = candidates.double().cumsum(-1)
-        kept, known = filters.count(candidates, cumulative, whole)
-        target = uniform * _at(cumulative, kept - 1)
-        rank = torch.minimum(_count(cumulative <= target[:, None]), kept - 1)
-        return torch.where(known, _at(ids, rank), NOT_RANKED)
+        low, high = _kept_weight(filters, candidates, cumulative, whole, self.vocab_size)
+        rank = _count(cumulative <= (uniform * low)[:, None])
+        known = (rank == _count(cumulative <= (uniform * high)[:, None])) & (rank < self.num_candidates)
+        return torch.where(known, _at(ids, rank.clamp(max=self.num_candidates - 1)), NOT_RANKED)
 
 
 class LogprobsGraph(nn.Module):
@@ -117,37 +122,49 @@ class LogprobsGraph(nn.Module):
         return chosen, ids, top - highest - log_total[:, None]
 
 
-class _Filters:
-    """What each row's request keeps; all [B], as `SamplerGraph.forward` takes them."""
+class _Filters(NamedTuple):
+    """What each row's request keeps: [B], as `SamplerGraph.forward` takes them."""
 
-    def __init__(self, top_k: Tensor, top_p: Tensor, min_p: Tensor, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-        self.has_top_k = (top_k > 0) & (top_k < vocab_size)
-        self.top_k = torch.where(self.has_top_k, top_k, vocab_size)
-        self.top_p, self.has_top_p = top_p, top_p < 1
-        self.min_p, self.has_min_p = min_p, min_p > 0
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
 
-    def any(self) -> Tensor:
-        """Return which rows have a filter."""
-        return self.has_top_k | self.has_top_p | self.has_min_p
 
-    def count(self, candidates: Tensor, cumulative: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
-        """Return how many candidates pass, at least one, and which rows have no more than are ranked.
+def _kept_weight(
+    filters: _Filters, candidates: Tensor, cumulative: Tensor, whole: Tensor, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """Return what all that passes weighs at least and at most, [B]: the same where it ends among the candidates.
 
-        The share of `top_p` is one of what `top_k` leaves, or else of the sum of the whole row [B].
-        """
-        size = candidates.shape[-1]
-        within_top_k = torch.where(self.has_top_k, _at(cumulative, self.top_k.clamp(max=size) - 1), whole)
-        before = _count(cumulative < (self.top_p * within_top_k)[:, None])  # the next token reaches the share
-        likely = _count(candidates >= self.min_p[:, None])
-        kept, known = self.top_k, self.top_k > 0  # always
-        if size < self.vocab_size:
-            known = ~self.has_top_p | ~self.has_top_k | (self.top_k <= size)
-            before = torch.where(before < size, before, self.vocab_size)
-            likely = torch.where(likely < size, likely, self.vocab_size)
-        kept = torch.where(self.has_top_p, torch.minimum(kept, before + 1), kept)
-        kept = torch.where(self.has_min_p, torch.minimum(kept, likely), kept)
-        return kept.clamp(1, size), known & (kept <= size)
+    Each filter keeps so many of the most likely tokens, hence all together keep the fewest of these. The share of
+    `top_p` is one of what `top_k` leaves, or else of the sum of the whole row [B].
+    """
+    top_k, top_p, min_p = filters
+    size = candidates.shape[1]
+    all_ranked = size == vocab_size
+    last, least = cumulative[:, -1], candidates[:, -1].double()
+
+    has_top_k = (top_k > 0) & (top_k < vocab_size)
+    low = torch.where(has_top_k, _at(cumulative, top_k.clamp(1, size) - 1), math.inf)
+    most = torch.minimum(whole, last + (top_k - size).double() * least)
+    high = torch.where(has_top_k & (top_k > size), most, low)
+
+    # The token with which the sum reaches the share is the last; behind the candidates each weighs `least` at most.
+    shares = [top_p * torch.where(has_top_k, bound, whole) for bound in (low, high)]
+    places = [_count(cumulative < share[:, None]) for share in shares]
+    reached = [_at(cumulative, place.clamp(max=size - 1)) for place in places]
+    if not all_ranked:
+        behind = (shares[0], shares[1] + least)
+        reached = [torch.where(at < size, inside, out) for at, inside, out in zip(places, reached, behind, strict=True)]
+    low, high = (
+        torch.where(top_p < 1, torch.minimum(bound, sum_), bound)
+        for bound, sum_ in zip((low, high), reached, strict=True)
+    )
+
+    likely = _count(candidates >= min_p[:, None])
+    sum_likely = _at(cumulative, likely.clamp(min=1) - 1)
+    most_likely = sum_likely if all_ranked else torch.where(likely < size, sum_likely, whole)
+    low = torch.where(min_p > 0, torch.minimum(low, sum_likely), low)
+    return low, torch.where(min_p > 0, torch.minimum(high, most_likely), high)
 
 
 def _adjusted(logits: Tensor, ids: Tensor, repetition: Tensor, penalty: Tensor, bias: Tensor) -> Tensor:

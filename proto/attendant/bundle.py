@@ -30,7 +30,7 @@ AXES = frozenset({ROWS, TOKENS, CAPACITY, LOGIT_ROWS, SOURCE, ADJUSTMENTS})
 
 # What a sample graph answers where it chooses no token.
 NOT_FINITE = -1  # the row holds NaN or positive infinity
-NOT_RANKED = -2  # more tokens pass the row's filters than the graph ranks: the host has to choose
+NOT_RANKED = -2  # the draw falls behind the tokens that the graph ranks: the host has to choose
 
 # The axes of an encoder's logits before the last one, by task.
 _LOGIT_AXES: dict[str, tuple[str, ...]] = {

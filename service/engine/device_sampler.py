@@ -1,8 +1,8 @@
 """Chooses tokens where the logits are: only token ids, and log-probabilities if asked for, come back.
 
 The bundle's sample graphs follow the rules of the host's `Sampler`: one without filters, one with, each run once for
-all rows of a step. Where more tokens pass a row's filters than the graph ranks, the row comes to the host, whose
-sampler then chooses. What rows want is uploaded when it has changed.
+all rows of a step. Where a draw falls behind the tokens that the graph ranks, the row comes to the host, whose sampler
+then chooses. What rows want is uploaded when it has changed.
 
 Axes: rows B, vocabulary V, adjustments A.
 """

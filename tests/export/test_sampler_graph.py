@@ -200,15 +200,25 @@ def test_a_forbidden_token_that_is_not_finite_is_no_excuse(choose: Choose) -> No
     assert (choose(rows, adjusted_ids=[[4]] * 2, bias=[[-np.inf]] * 2) == NOT_FINITE).all()
 
 
-def test_what_passes_beyond_the_ranked_is_left_to_the_host(choose: Choose) -> None:
-    row = np.linspace(0, 1e-3, V, dtype=np.float32)[None].repeat(6, 0)
-    chosen = choose(
-        row,
-        top_k=[CANDIDATES, CANDIDATES + 1, 0, 0, V - 1, V],
-        top_p=[1, 1, 0.9, 1, 0.1, 1],
-        min_p=[0, 0, 0, 0.5, 0, 0],
-    )
-    assert chosen.tolist() == [V - 1, NOT_RANKED, NOT_RANKED, NOT_RANKED, NOT_RANKED, 0]
+def test_a_draw_behind_the_ranked_is_left_to_the_host_and_no_other(choose: Choose) -> None:
+    row = np.zeros((1, V), np.float32)  # equals rank in the order of the vocabulary
+    cases = [
+        ({"top_k": CANDIDATES}, 0.9, int(0.9 * CANDIDATES)),
+        ({"top_k": CANDIDATES + 1}, 0.9, NOT_RANKED),  # 921.6 or 922.5
+        ({"top_k": CANDIDATES + 1}, 0.5, 512),  # 512 or 512.5
+        ({"top_p": 0.9}, 0.9, NOT_RANKED),
+        ({"top_p": 0.9}, 0.1, int(0.09 * V)),
+        ({"top_p": 0.1}, 0.99, int(0.99 * (int(0.1 * V) + 1))),
+        ({"top_p": 0.1, "top_k": V - 1}, 0.5, NOT_RANKED),  # the sum of what top_k leaves is not known
+        ({"top_p": 0.1, "top_k": V - 1}, 0.0, 0),
+        ({"min_p": 0.5}, 0.3, NOT_RANKED),
+        ({"min_p": 0.5}, 0.0, 0),
+        ({"min_p": 0.5, "top_k": 40}, 0.9, 36),
+        ({"min_p": 0.5, "top_p": 0.1}, 0.9, int(0.9 * (int(0.1 * V) + 1))),
+    ]
+    for filters, uniform, rank in cases:
+        chosen = choose(row, uniform=uniform, **filters)[0]
+        assert chosen == rank, (filters, uniform)
 
 
 @pytest.mark.parametrize("vocab_size", [3, 300, 4000])

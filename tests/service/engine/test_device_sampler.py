@@ -203,13 +203,15 @@ def test_only_what_changed_goes_to_the_device_and_only_tokens_come_back(bench: B
     assert (bench.device.up, bench.device.down) == (0, 0)
 
 
-def test_rows_with_more_candidates_than_are_ranked_come_to_the_host(bench: Bench) -> None:
-    rows = np.stack([np.random.default_rng(4).standard_normal(V)] * 3).astype(np.float32) * np.float32(0.1)
-    wide = [Sample(request_of(SamplingParams(top_p=0.9, seed=seed)), 3, 0) for seed in (5, 6)]
-    narrow = Sample(request_of(SamplingParams(top_k=4, seed=7)), 3, 0)
-    outcomes = bench.choose(rows, [wide[0], narrow, wide[1]])
-    assert outcomes == [on_host(rows[0], each) for each in (wide[0], narrow, wide[1])]
-    assert bench.device.down == 3 * 8 + 2 * V * 4
+def test_draws_behind_the_ranked_come_to_the_host_and_no_others(bench: Bench) -> None:
+    rows = (np.random.default_rng(4).standard_normal((ROWS, V)) * 0.1).astype(np.float32)
+    rows[:, :300] += 5  # nine tenths of the whole
+    wanted = [Sample(request_of(SamplingParams(top_p=0.99, seed=seed), str(seed)), 3, 0) for seed in range(ROWS)]
+    outcomes = bench.choose(rows, [*wanted])
+    assert outcomes == [on_host(*pair) for pair in zip(rows, wanted, strict=True)]
+    behind = sum(outcome.token_id >= 300 for outcome in outcomes if isinstance(outcome, Token))
+    assert 0 < behind < ROWS / 2
+    assert bench.device.down == ROWS * 8 + behind * V * 4
 
 
 def test_sizes_between_buckets_are_padded_and_captured_ones_repeat(found: FoundBundle) -> None:
