@@ -93,7 +93,7 @@ def export_for_cuda(
         twin_graph = ir.load(twin_file).graph
         whole = twin_graph if num_layers == half.config.num_layers else _hollow_graph(weights, half, max_model_len)
         structure = run_checks(_structure(ir.load(directory / step.file).graph, twin_graph, whole, precision), report)
-    checks = [check.model_copy(update={"name": f"fp32 twin: {check.name}"}) for check in certificate.checks]
+    checks = [_of_twin(check, num_layers, half.config.num_layers) for check in certificate.checks]
     checks += structure
     oracle = Oracle(wide if num_layers == half.config.num_layers else streamed(half))
     if precision == "fp16" and num_layers == half.config.num_layers:
@@ -123,6 +123,11 @@ def _twin_layers(half: Decoder) -> int:
     return half.config.num_layers if num_bytes <= TWIN_BYTES else min(TWIN_LAYERS, half.config.num_layers)
 
 
+def _of_twin(check: Check, num_layers: int, of: int) -> Check:
+    grid = check.grid if num_layers == of else f"the first {num_layers} of {of} layers; {check.grid}"
+    return check.model_copy(update={"name": f"fp32 twin: {check.name}", "grid": grid})
+
+
 def _states(decoder: Decoder) -> tuple[StateSpec, ...]:
     return tuple(appended(state) for state in describe.states(decoder, None))
 
@@ -140,7 +145,8 @@ def _hollow_graph(weights: DecoderWeights, half: Decoder, max_model_len: int) ->
 
 def _structure(half: ir.Graph, twin_graph: ir.Graph, whole: ir.Graph, precision: str) -> Iterator[Check]:
     def none(name: str, found: list[str], grid: str) -> Check:
-        return Check(name=name, measured=float(len(found)), bound=0, grid="; ".join([grid, *found[:3]]))
+        first = "".join(f"; the first: {each:.300}" for each in found[:1])
+        return Check(name=name, measured=float(len(found)), bound=0, grid=grid + first)
 
     num_nodes = f"{sum(1 for _ in half)} nodes"
     depth = "" if whole is twin_graph else ", beside the fp32 graph of all layers, traced without weights"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from attendant.bundle import (
@@ -119,7 +119,14 @@ def provenance(model: TrainedModel) -> Provenance:
 
 def producer() -> Producer:
     """Describe what makes a bundle here and today."""
-    return Producer(versions={name: version(name) for name in _PACKAGES}, created=date.today().isoformat())
+    return Producer(versions={name: _version(name) for name in _PACKAGES}, created=date.today().isoformat())
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a source tree that nothing installed
+        return "not installed"
 
 
 def files(directory: Path) -> Iterator[FileRef]:

@@ -56,13 +56,18 @@ def _rows(graph: ir.Graph, dtype: DataType) -> list[_Row]:
         labels |= {value: ("node", place, index) for index, value in enumerate(node.outputs)}
         # What nobody reads (the statistics of norms) may have a type of its own.
         read = [value for value in node.outputs if value.uses() or value.is_graph_output()]
-        attributes = sorted((name, str(attribute.value)) for name, attribute in node.attributes.items())
+        attributes = sorted((name, _value(attribute)) for name, attribute in node.attributes.items())
         types = [_type(value, dtype) for value in read]
         rows.append((node.domain, node.op_type, attributes, inputs, types))
     for value in graph.outputs:
         kind = str(value.dtype) if value.name == _LOGITS else _type(value, dtype)
         rows.append(("output", value.name, kind, str(value.shape), labels.get(value)))
     return rows
+
+
+def _value(attribute: ir.Attr) -> str:
+    """Return the value as a file would hold it: a graph that was never saved has wider floats."""
+    return str(np.float32(attribute.value) if attribute.type is ir.AttributeType.FLOAT else attribute.value)
 
 
 def _type(value: ir.Value, dtype: DataType) -> str:
