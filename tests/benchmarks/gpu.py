@@ -9,6 +9,7 @@ device's path on the host's memory: to prove the code and no speed.
 
 import argparse
 import contextlib
+import math
 import subprocess
 import sys
 import time
@@ -157,6 +158,11 @@ def main(argv: list[str] | None = None) -> int:
         compiled=given.compiled,
         deadline=time.monotonic() + given.seconds,
     )
+    manifest, shape = found[-1].manifest, SHAPES[run.shape]
+    kept = sum(math.prod(axis for axis in state.axes if isinstance(axis, int)) for state in manifest.states)
+    if (kept, manifest.vocabulary and manifest.vocabulary.size) != (shape.kept_per_token, shape.vocab_size):
+        print(f"error: {manifest.key} has not the shape {run.shape}: name its own with --shape", file=sys.stderr)
+        return 1
     results = Results.read(given.results, run.model, run.shape, run.provider)
     results.precision, results.sha256 = run.precision, found[-1].sha256
     memory = device_memory(run.provider) if given.memory_gib is None else int(given.memory_gib * 2**30)

@@ -174,6 +174,12 @@ def test_a_bundle_that_is_not_there_is_told(tmp_path, capsys):
     assert "holds no sound bundle llama-7b: export it first" in capsys.readouterr().err
 
 
+def test_a_bundle_of_another_shape_is_told(tiny_repository, tmp_path, capsys):
+    given = ["--repository", str(tiny_repository), "--model", "tiny-fp32", "--results", str(tmp_path / "r.json")]
+    assert gpu.main([*given, "--provider", "cpu", "--shape", "llama-tiny"]) == 1
+    assert "tiny-fp32/1 has not the shape llama-tiny" in capsys.readouterr().err
+
+
 @pytest.fixture
 def device_repository(tiny_repository, tmp_path: Path) -> Path:
     """A repository with tiny-fp32, which also holds what chooses tokens on a device."""
