@@ -1,12 +1,11 @@
 """One suite for the CPU and for CUDA: the same tests on the same decoder, held to what each kind of bundle promises.
 
-A test that takes `served` runs for fp16 and bf16 on CUDA, and on the CPU for fp32 and for the fp16 bundle, whose step
-graph ONNX Runtime can run there: so the tests themselves are proved, tolerances included. Without a CUDA device what is
-for CUDA is skipped and the last lines of the run say so; with a device but the CPU build of ONNX Runtime it fails. The
-oracle is the PyTorch decoder in float32, with the weights of the bundle.
+A test that takes `served` runs for fp16 and bf16 on CUDA; and, so that the tests themselves are proved, for fp32 on the
+CPU and for fp16 on the host's memory (`serve_on_host.py`), where all is CUDA's but the kernels. Without a CUDA device
+what is for CUDA is skipped and the last lines of the run say so; with a device but the CPU build of ONNX Runtime it
+fails. The oracle is the PyTorch decoder in float32, with the weights of the bundle.
 """
 
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ import grpc
 import onnxruntime
 import pytest
 
-from attendant.bundle import MANIFEST_NAME
 from attendant.v1 import generation_pb2 as pb
 from service.bundle import FoundBundle, scan
 from service.engine.device_identity import cuda_device
@@ -23,7 +21,8 @@ from tests.end_to_end.conftest import Server, eventually, refusal_of
 
 __all__ = ["eventually", "refusal_of"]  # fixtures
 
-TARGETS = ["cpu-fp32", "cpu-fp16", *(pytest.param(f"cuda-{half}", marks=pytest.mark.gpu) for half in ("fp16", "bf16"))]
+TARGETS = ["cpu-fp32", "host-fp16", *(pytest.param(f"cuda-{half}", marks=pytest.mark.gpu) for half in ("fp16", "bf16"))]
+SERVE_ON_HOST = Path(__file__).with_name("serve_on_host.py")
 NEED_GPU = pytest.StashKey[set[str]]()
 PATIENCE = 300.0  # seconds until bundles are served: a device's libraries and graphs take their time
 
@@ -78,16 +77,18 @@ class Served:
         found: the bundle.
         decoder: in float32, with the weights of the bundle.
         text: tokens of real text.
+        on_gpu: whether a GPU computes.
     """
 
-    def __init__(self, server: Server, found: FoundBundle, decoder, text: Sequence[int]) -> None:
+    def __init__(self, server: Server, found: FoundBundle, decoder, text: Sequence[int], *, on_gpu: bool) -> None:
         self.server = server
         self.found = found
         self.model = found.manifest.key
         self.decoder = decoder
         self.text = text
         self.target = found.manifest.target
-        self.is_exact = found.manifest.precision == "fp32"
+        self.is_exact = self.target == "cpu"
+        self.on_gpu = on_gpu
 
     def logits(self, token_ids: Sequence[int]):
         """Return what the oracle makes of every position, [T, V], and how far a logit of each may be off, [T, 1]."""
@@ -130,9 +131,9 @@ class Served:
     @property
     def memory_bytes(self) -> float:
         """What the server holds: of the device's memory, or of the machine's if it runs on the CPU."""
-        if self.target == "cpu":
-            return self.server.resident_bytes
-        return self.server.value("attendant_gpu_memory_used_bytes")
+        if self.on_gpu:
+            return self.server.value("attendant_gpu_memory_used_bytes")
+        return self.server.resident_bytes
 
 
 @pytest.fixture(scope="session")
@@ -160,30 +161,18 @@ def exported(tmp_path_factory: pytest.TempPathFactory):
     return export
 
 
-def retargeted(found: FoundBundle, target: str, repository: Path) -> FoundBundle:
-    """Return a copy of a bundle that says that it is for something else."""
-    manifest = found.manifest
-    directory = repository / manifest.name / str(manifest.version)
-    shutil.copytree(found.directory, directory)
-    (directory / MANIFEST_NAME).write_text(manifest.model_copy(update={"target": target}).model_dump_json())
-    (copied,) = scan(repository)
-    assert isinstance(copied, FoundBundle), copied.reason
-    return copied
-
-
 @pytest.fixture(scope="session", params=TARGETS)
 def served(request: pytest.FixtureRequest, exported, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The trained language model, served on the CPU or on CUDA; tests share it and leave it idle."""
     from export.text import QUALITY, tokens_of
 
-    provider, precision = request.param.split("-")
-    if provider == "cuda":
+    place, precision = request.param.split("-")
+    if place == "cuda":
         request.getfixturevalue("cuda")
     found, decoder = exported(precision)
-    if provider != found.manifest.target:
-        found = retargeted(found, provider, tmp_path_factory.mktemp("retargeted"))
-    arguments = ("--provider", provider, "--max-num-seqs", "16")
-    server = Server(found.directory.parents[1], tmp_path_factory.mktemp("server") / "log", arguments)
+    arguments = ("--provider", found.manifest.target, "--max-num-seqs", "16")
+    program = (str(SERVE_ON_HOST),) if place == "host" else ("-m", "service")
+    server = Server(found.directory.parents[1], tmp_path_factory.mktemp("server") / "log", arguments, program)
     text = tokens_of(QUALITY, (found.directory / "tokenizer.json").read_text("utf-8")).tolist()
-    yield Served(server.wait_ready(PATIENCE), found, decoder, text)
+    yield Served(server.wait_ready(PATIENCE), found, decoder, text, on_gpu=place == "cuda")
     server.close()
