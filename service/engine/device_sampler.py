@@ -21,6 +21,7 @@ from service.engine.runtime import create_session
 from service.engine.sampling import NotFinite, Sampler, uniforms
 from service.scheduling.plan import Sample
 from service.scheduling.request import SamplingParams, Token
+from service.scheduling.row_buckets import bucket_of
 
 Outcome = Token | NotFinite | None
 """A token; why there is none; or nothing, where none was wanted of a row."""
@@ -52,6 +53,7 @@ class DeviceSampler:
         self._choosers = {kind: _Graph(found, kind, self._device, captures=captures) for kind in _SAMPLE_GRAPHS}
         self._teller = _Graph(found, GraphKind.LOGPROBS, self._device, captures=False)
         self._host = Sampler(vocab_size)
+        self._row = self._device.host_array((1, vocab_size), DType.FLOAT32)
         wanted = {**_REQUEST, **_FILTERS}
         self._wanted = {role: _Mirror(self._device, (self._max_rows,), dtype) for role, dtype in wanted.items()}
         self._choices = _Arriving(self._device, (self._max_rows,), DType.INT64)
@@ -80,7 +82,7 @@ class DeviceSampler:
         if not wanted:
             return
         filtered = any(_filters(sample.request.sampling, self._logits.shape[1]) for sample in wanted)
-        num_rows = self._padded(len(samples))
+        num_rows = bucket_of(len(samples), self._buckets)  # few sizes, so that few are prepared
         self._upload(samples, filtered=filtered)
         room = self._adjust(samples)
         kind = GraphKind.SAMPLE_FILTERED if filtered else GraphKind.SAMPLE
@@ -106,10 +108,6 @@ class DeviceSampler:
                     self._run(kind, num_rows, room, graph_id)
             self._device.synchronize()
         self._ids = captured_ids(self._buckets)
-
-    def _padded(self, num_rows: int) -> int:
-        """Return for how many rows the graph runs: few sizes, so that few are prepared."""
-        return next((size for size in self._buckets if size >= num_rows), num_rows)
 
     def _run(self, kind: GraphKind, num_rows: int, room: "_Room", graph_id: int) -> None:
         graph = self._choosers[kind]
@@ -188,10 +186,9 @@ class DeviceSampler:
         return Token(choice, float(self._told[Role.LOGPROBS].array[row]), tuple(top))
 
     def _choose_on_host(self, row: int, sample: Sample) -> Token:
-        logits = self._device.host_array((1, self._logits.shape[1]), DType.FLOAT32)
-        self._device.download(self._logits[row : row + 1], logits)
+        self._device.download(self._logits[row : row + 1], self._row)
         self._device.synchronize()
-        return self._host.choose(logits[0], int(logits[0].argmax()), sample)
+        return self._host.choose(self._row[0], int(self._row[0].argmax()), sample)
 
 
 class _Graph:
