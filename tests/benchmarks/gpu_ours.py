@@ -4,10 +4,12 @@ A decode step is timed from asking the scheduler to telling it what came of it. 
 same rows: what a step takes longer is what the engine costs.
 """
 
+import math
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +19,26 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from gpu_cells import capacity_for
 from gpu_worker import answer, spread
 
+from attendant.bundle import StateSpec
 from service.bundle import FoundBundle, scan
-from service.engine.choosing import DeviceChooser
-from service.engine.cuda_device import CudaDevice
-from service.engine.device import Device, HostDevice
+from service.engine.assembly import assemble
+from service.engine.device import HostDevice, item_bytes
 from service.engine.device_graph import DeviceGraph
-from service.engine.device_sampler import DeviceSampler
 from service.engine.engine import Engine
-from service.engine.graph import Graph
 from service.engine.runtime import use_threads
-from service.engine.step_graph import StepGraph
 from service.scheduling.config import SchedulerConfig
 from service.scheduling.plan import TokenEvent
 from service.scheduling.request import Request, SamplingParams
 from service.scheduling.scheduler import Scheduler
+from service.scheduling.slots import rounded
 
 STEP_TOKENS = 8192  # of prompts in a step: all rows join within a few
-DEVICES: dict[str, Callable[[], Device]] = {"cuda": CudaDevice, "host": HostDevice}
-POWERS = tuple(2**power for power in range(12))
 TAIL = 4  # tokens of a prompt that no other shares
 WARM_UP = 3
 
 
 class Side:
     """One bundle on one device; `host` is the device path on the host's memory, to prove it without a GPU."""
-
-    _graph: Graph[Any]
-    _run_alone: Callable[[Sequence[int], Sequence[int]], object]
 
     def load(
         self, *, repository: str, name: str, provider: str, threads: int, slots: int, context: int, steps: int
@@ -52,40 +47,27 @@ class Side:
         use_threads(threads)
         found = next(b for b in scan(Path(repository)) if isinstance(b, FoundBundle) and b.manifest.name == name)
         capacity = min(capacity_for(context, steps), found.manifest.limits.max_model_len)
-        buckets: tuple[int, ...] = ()
-        if provider == "cpu":
-            self._graph = StepGraph(found, slots, capacity)
-            self._engine = Engine(self._graph)
-            self._run_alone = self._graph.decode
-        else:
-            buckets = (*(size for size in POWERS if size < slots), slots)
-            self._open_on(DEVICES[provider](), found, capacity, buckets)
+        kept = sum(item_bytes(state.dtype) * math.prod(_sizes(state)) for state in found.manifest.states)
+        assembly = assemble(
+            _shortened(found, capacity),
+            max_slots=slots,
+            kv_memory=slots * kept * rounded(capacity),
+            device=HostDevice() if provider == "host" else None,
+        )
+        assert assembly.num_slots == slots, (assembly.num_slots, slots)
+        self._graph, self._engine = assembly.graph, Engine(assembly.graph, assembly.chooser)
+        self._engine.prepare()
         self._config = SchedulerConfig(
             num_slots=slots,
-            capacity=capacity,
-            kv_budget=slots * (-(-capacity // 16) * 16),
+            capacity=assembly.size.capacity,
+            kv_budget=assembly.size.budget,
             chunk_tokens=STEP_TOKENS,
             idle_chunk_tokens=STEP_TOKENS,
             reuses_prefixes=True,
-            row_buckets=buckets,
+            row_buckets=assembly.row_buckets,
         )
         self._vocab = self._graph.vocab_size
         return {"precision": found.manifest.precision, "sha256": found.sha256, "capacity": capacity}
-
-    def _open_on(self, device: Device, found: FoundBundle, capacity: int, buckets: tuple[int, ...]) -> None:
-        """Load the bundle on a device, with everything captured that the server captures."""
-        graph = DeviceGraph(found, buckets[-1], capacity, device, buckets)
-        sampler = DeviceSampler(found, graph.logits, buckets)
-        graph.capture()
-        sampler.capture()
-        self._graph, self._engine = graph, Engine(graph, DeviceChooser(graph, sampler))
-
-        def run_alone(token_ids: Sequence[int], lengths: Sequence[int]) -> None:
-            graph.take()
-            graph.decode(token_ids, lengths)
-            device.synchronize()
-
-        self._run_alone = run_alone
 
     def decode(self, *, rows: int, context: int, steps: int) -> dict[str, Any]:
         """Return the seconds of decode steps around a context: of the engine, and of its graph alone."""
@@ -138,8 +120,27 @@ class Side:
             seconds.append(time.perf_counter() - started)
         return seconds
 
+    def _run_alone(self, tokens: Sequence[int], lengths: Sequence[int]) -> None:
+        """Run the graph on so many rows, and wait for it."""
+        if isinstance(self._graph, DeviceGraph):
+            self._graph.take()
+            self._graph.decode(tokens, lengths)
+            self._graph.device.synchronize()
+        else:
+            self._graph.decode(tokens, lengths)
+
     def _tokens(self, draw: random.Random, count: int) -> tuple[int, ...]:
         return tuple(draw.randrange(3, self._vocab) for _ in range(count))
+
+
+def _sizes(state: StateSpec) -> list[int]:
+    return [axis for axis in state.axes if isinstance(axis, int)]
+
+
+def _shortened(found: FoundBundle, capacity: int) -> FoundBundle:
+    """Return the bundle as if exported for shorter sequences: on a device a slot has memory for all of it."""
+    limits = found.manifest.limits.model_copy(update={"max_model_len": capacity})
+    return replace(found, manifest=found.manifest.model_copy(update={"limits": limits}))
 
 
 def _request(name: str, prompt: tuple[int, ...], max_tokens: int) -> Request:
