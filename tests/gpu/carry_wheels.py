@@ -1,6 +1,7 @@
 """Which wheels a machine with torch and the CPU's ONNX Runtime lacks, fetched for its Python, installed ahead of it."""
 
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -101,6 +102,7 @@ def install(wheels: Sequence[Path], site: Path) -> None:
     """Install wheels into a folder of their own, from nothing if it does not hold just these.
 
     The checkout runs from where it lies, but asks the installer for its own version: that is installed, and no code.
+    ONNX Runtime looks for CUDA's libraries beside itself only, where NVIDIA's packages are not: they get a link there.
     """
     digest = hashlib.sha256("\n".join(sorted(wheel.name for wheel in wheels)).encode()).hexdigest()
     done = site / INSTALLED
@@ -113,7 +115,16 @@ def install(wheels: Sequence[Path], site: Path) -> None:
     said = site / f"{project['name']}-{project['version']}.dist-info" / "METADATA"
     said.parent.mkdir()
     said.write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n", "utf-8")
+    if (libraries := cuda_libraries()) is not None:
+        (site / "nvidia").symlink_to(libraries, target_is_directory=True)
     done.write_text(digest)
+
+
+def cuda_libraries() -> Path | None:
+    """Return the folder of NVIDIA's packages that hold libraries, if this Python has any: torch brought them."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = map(Path, spec.submodule_search_locations or ()) if spec else ()
+    return next((folder for folder in folders if any(folder.glob("*/lib/lib*.so*"))), None)
 
 
 def environment(site: Path | None, root: Path = ROOT) -> dict[str, str]:

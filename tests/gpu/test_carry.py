@@ -214,6 +214,21 @@ def test_unpacking_installs_into_a_folder_that_comes_before_all_else(tmp_path):
     assert (tmp_path / "site" / "pure.py").stat().st_mtime_ns == installed  # and is not installed twice
 
 
+def test_cudas_libraries_are_where_onnx_runtime_looks_for_them_beside_itself(tmp_path, monkeypatch):
+    for package in ("empty", "packages"):
+        (tmp_path / package / "nvidia" / "cu13" / "lib").mkdir(parents=True)
+        monkeypatch.syspath_prepend(tmp_path / package)
+    (tmp_path / "packages" / "nvidia" / "cu13" / "lib" / "libcublas.so.13").write_bytes(b"a library")
+    wheels = [wheel(tmp_path / "shelf", "onnxruntime", "py3-none-any")]
+    for _ in range(2):
+        carry_wheels.install(wheels, tmp_path / "site")
+        beside = tmp_path / "site" / "onnxruntime.py"
+        assert (beside.parent / "nvidia" / "cu13" / "lib" / "libcublas.so.13").read_bytes() == b"a library"
+    carry_wheels.install([wheel(tmp_path / "shelf", "another", "py3-none-any")], tmp_path / "site")
+    assert not beside.exists()
+    assert (tmp_path / "packages" / "nvidia" / "cu13" / "lib" / "libcublas.so.13").exists()  # links are not followed
+
+
 def test_the_guard_refuses_the_build_of_the_cpu_and_says_all_that_is_wrong(tmp_path):
     done = subprocess.run(
         [sys.executable, str(GUARD), "--site", str(tmp_path), "--version", "0.0"],
