@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import pytest
 
+from attendant.v1 import generation_pb2 as pb
+
 LENGTHS = (1, 2, 3, 17, 31, 32, 33, 64, 65, 100, 129, 200)
 NEW_TOKENS = 24
 
@@ -113,3 +115,32 @@ def test_penalties_biases_and_seeds_reach_the_choice(served) -> None:
     # The second and third find the same beginning in the cache, so that they are the same computation.
     drawn = [served.read(served.ask(prompt, NEW_TOKENS, temperature=1.2, seed=5))[0] for _ in range(3)]
     assert [token.token_id for token in drawn[1]] == [token.token_id for token in drawn[2]]
+
+
+def test_the_answers_of_a_beam_search_are_as_likely_as_pytorch_says(served) -> None:
+    """Beams are copied from slot to slot at nearly every step: one copy that lost something would show."""
+    import torch
+
+    prompt = served.text[7000:7050]
+    searched = served.server.generate(
+        served.model,
+        token_ids=pb.TokenIds(ids=prompt),
+        sampling=pb.SamplingParams(max_tokens=NEW_TOKENS, n=4),
+        beam=pb.BeamSearch(width=4),
+        stop=pb.StopConditions(ignore_eos=True),
+    )
+    answers: dict[int, list[int]] = {}
+    said: dict[int, float] = {}
+    for event in searched:
+        answers.setdefault(event.delta.index, []).extend(event.delta.token_ids)
+        if event.HasField("finished"):
+            said[event.finished.index] = event.finished.log_likelihood
+    assert len(said) == 4 and [said[index] for index in sorted(said)] == sorted(said.values(), reverse=True)
+    assert len({tuple(answer) for answer in answers.values()}) == 4
+    for index, answer in answers.items():
+        assert len(answer) == NEW_TOKENS
+        logits, slack = served.logits([*prompt, *answer])
+        chosen = logits.log_softmax(1)[len(prompt) - 1 : -1].gather(1, torch.tensor(answer)[:, None])
+        # Roundings of different steps are as often up as down.
+        off = 2 * float(slack[len(prompt) - 1 : -1].norm()) + 1e-4
+        assert abs(said[index] - float(chosen.sum())) <= off
