@@ -166,7 +166,9 @@ class Settings(BaseSettings):
         0.05, gt=0, le=60, description="objective: seconds between a request's tokens, on average; requests count by it"
     )
     state_dir: Path | None = Field(
-        None, description="directory that keeps what was learned of latency across restarts; nothing is kept if unset"
+        None,
+        description="directory that keeps what was learned of latency, and what was measured at a bundle's first load on "
+        "this device, across restarts; nothing is kept if unset",
     )
     reflection: bool = Field(True, description="serve gRPC reflection")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
