@@ -167,8 +167,8 @@ class Settings(BaseSettings):
     )
     state_dir: Path | None = Field(
         None,
-        description="directory that keeps what was learned of latency, and what was measured at a bundle's first load on "
-        "this device, across restarts; nothing is kept if unset",
+        description="directory that keeps, across restarts, what was learned of latency and what was measured at a "
+        "bundle's first load on this device; nothing is kept if unset",
     )
     reflection: bool = Field(True, description="serve gRPC reflection")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
