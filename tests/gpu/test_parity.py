@@ -47,7 +47,7 @@ def test_greedy_answers_of_all_lengths_together_are_those_of_pytorch(served) -> 
         assert (len(answer), usage.output_tokens, usage.prompt_tokens) == (NEW_TOKENS, NEW_TOKENS, len(prompt))
         prescribed += check(served, prompt, answer)
     share = prescribed / (len(given) * NEW_TOKENS)
-    assert share > (0.95 if served.is_exact else 0.2), "too few tokens are prescribed to say anything"
+    assert share > (0.95 if served.is_exact else 0.15), "too few tokens are prescribed to say anything"
 
 
 def same_until_a_tie(served, prompt: Sequence[int], one, other) -> None:
