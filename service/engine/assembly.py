@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from attendant.bundle import GraphKind, Manifest
+from attendant.bundle import Check, GraphKind, Manifest
 from service.bundle import BundleRefused, FoundBundle
 from service.engine.choosing import Chooser, DeviceChooser, HostChooser
 from service.engine.cuda_device import CudaDevice
@@ -13,6 +13,7 @@ from service.engine.device_graph import DeviceGraph, DownloadedGraph
 from service.engine.device_sampler import DeviceSampler
 from service.engine.graph import Graph, HostGraph
 from service.engine.pools import PoolSize, device_slots, free_for_states, pool_size
+from service.engine.sampler_self_test import check_sampler
 from service.engine.step_graph import StepGraph
 from service.scheduling.row_buckets import row_buckets
 from service.scheduling.slots import rounded
@@ -31,6 +32,7 @@ class Assembly:
         num_slots: rows of the states.
         size: how large those are.
         row_buckets: how many decode rows a step may have; any number if empty.
+        checks: what was measured of what is on a device beside the step graph.
     """
 
     checked: HostGraph
@@ -39,6 +41,7 @@ class Assembly:
     num_slots: int
     size: PoolSize
     row_buckets: tuple[int, ...] = ()
+    checks: tuple[Check, ...] = ()
 
 
 def assemble(
@@ -97,6 +100,7 @@ def _on_device(found: FoundBundle, max_slots: int, kv_memory: int | None, num_bu
         num_slots=num_slots,
         size=PoolSize(capacity, num_slots * rounded(capacity), None),
         row_buckets=buckets,
+        checks=check_sampler(sampler, graph.logits),
     )
 
 
