@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from attendant.bundle import TOKENS, Certificate, Check, DType, GraphSpec, Limits, StateSpec
+from attendant.bundle import TOKENS, Certificate, Check, DType, Golden, GraphSpec, Limits, StateSpec
 from export import cuda_kernels, twin
 from export import manifest as describe
 from export.certificate import Oracle, certify, half_quality, relative_error, run_checks
@@ -38,9 +38,6 @@ MAX_HEAD_DIM = 256  # of the provider's attention
 TWIN_BYTES = 2 << 30
 """Most weights, in bytes of fp32, of a twin of the whole decoder; that of a larger one has `TWIN_LAYERS` layers."""
 TWIN_LAYERS = 3
-CPU_BOUND = 2e-2
-"""Error of an fp16 graph on the CPU, which rounds wherever the device does: about four times what was measured."""
-_CPU_TOKENS = 64
 _TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
@@ -76,7 +73,7 @@ def export_for_cuda(
         )
     half = half_decoder(decoder, precision)
     num_layers = _twin_layers(half)
-    wide = first_layers(half, num_layers)
+    wide, is_whole = first_layers(half, num_layers), num_layers == half.config.num_layers
     capacity, samples = min(max_model_len, cache_tokens), of_text(text)
     report(f"tracing and writing the {precision} step graph")
     weights, states = decoder_weights(half), _states(half)
@@ -86,18 +83,14 @@ def export_for_cuda(
         report(f"writing the fp32 twin, with {num_layers} of {half.config.num_layers} layers, and checking it")
         twin_file = Path(scratch) / step.file
         twin_step = _step_graph(wide, _states(wide))
-        write_graph(StepGraph(decoder_weights(wide), FLOAT_KERNELS, max_model_len), twin_step, Path(scratch))
+        write_graph(StepGraph(decoder_weights(wide), FLOAT_KERNELS, max_model_len), twin_step, twin_file.parent)
         runner = Runner(twin_file, num_rows=NUM_ROWS, capacity=capacity)
         certificate = certify("fp32", twin_file, runner, wide, samples, report)
+        checks = [_of_twin(check, num_layers, half.config.num_layers) for check in certificate.checks]
         report("comparing the graphs")
         twin_graph = ir.load(twin_file).graph
-        whole = twin_graph if num_layers == half.config.num_layers else _hollow_graph(weights, half, max_model_len)
-        structure = run_checks(_structure(ir.load(directory / step.file).graph, twin_graph, whole, precision), report)
-    checks = [_of_twin(check, num_layers, half.config.num_layers) for check in certificate.checks]
-    checks += structure
-    oracle = Oracle(wide if num_layers == half.config.num_layers else streamed(half))
-    if precision == "fp16" and num_layers == half.config.num_layers:
-        checks += run_checks([_cpu_check(directory / step.file, oracle, text, capacity)], report)
+        whole = twin_graph if is_whole else _hollow_graph(weights, half, max_model_len)
+        checks += run_checks(_structure(ir.load(directory / step.file).graph, twin_graph, whole, precision), report)
     report("writing and checking the graphs that choose tokens")
     sampler = write_sampler(directory, half.config.vocab_size)
     checks += run_checks(sampler_checks(directory, sampler), report)
@@ -105,13 +98,18 @@ def export_for_cuda(
     if not model.synthetic:
         report("measuring quality in PyTorch")
         quality = half_quality(decoder, half, text, capacity - 1, report)
+    report("recording the golden run")
+    oracle = Oracle(wide if is_whole else streamed(half))
+    golden = record_half_golden(oracle, Oracle(half), samples, capacity, directory)
+    if precision == "fp16" and is_whole:
+        checks += run_checks([_cpu_check(directory / step.file, oracle, golden)], report)
     return Parts(
         family="decoder",
         tasks=("generate",),
         limits=Limits(max_model_len=max_model_len),
         graphs=(step, *sampler),
         states=states,
-        golden=record_half_golden(oracle, Oracle(half), samples, capacity, directory),
+        golden=golden,
         certificate=Certificate(checks=tuple(checks), quality=quality),
         target="cuda",
     )
@@ -161,13 +159,13 @@ def _structure(half: ir.Graph, twin_graph: ir.Graph, whole: ir.Graph, precision:
     yield none("values copied between host and device", cuda_kernels.copies(half), num_nodes)
 
 
-def _cpu_check(graph: Path, oracle: Oracle, text: NDArray[np.int64], capacity: int) -> Check:
+def _cpu_check(graph: Path, oracle: Oracle, golden: Golden) -> Check:
     """Run an fp16 graph on the CPU, where ONNX Runtime computes in fp32 and rounds behind every operator."""
-    sample = text[: min(_CPU_TOKENS, capacity)]
-    measured = Runner(graph, num_rows=1, capacity=capacity).all_logits(sample)
+    text = np.load(graph.with_name(golden.file))["text"]
+    measured = Runner(graph, num_rows=1, capacity=len(text)).all_logits(text)
     return Check(
         name="the fp16 graph on the CPU",
-        measured=relative_error(measured, oracle.all_logits(sample)),
-        bound=CPU_BOUND,
-        grid=f"1 row, {len(sample)} new tokens, no past, against PyTorch in fp32 with the same weights",
+        measured=relative_error(measured, oracle.all_logits(text)),
+        bound=golden.bound,
+        grid=f"1 row, the golden text of {len(text)} tokens, against PyTorch in fp32 with the same weights",
     )

@@ -81,8 +81,11 @@ def record_half_golden(wide: Oracle, half: Oracle, samples: Samples, capacity: i
         ExportRefused: the half type rounds so coarsely that a replay would prove nothing.
     """
     given = _choose(samples, capacity)
-    (expected, expected_text), (measured, measured_text) = (_of_oracle(oracle, given) for oracle in (wide, half))
-    errors = [relative_error(measured[name], expected[name]) for name in ("prompt_logits", "ragged_logits")]
+    expected, measured = (_of_oracle(oracle, given) for oracle in (wide, half))
+    text, rounded_text = (oracle.all_logits(given.text) for oracle in (wide, half))
+    # The whole text, too: single positions err several times as much as most, and which they are is chance.
+    errors = [relative_error(rounded_text, text)]
+    errors += [relative_error(measured[name], expected[name]) for name in expected]
     bound = HALF_MARGIN * max(errors)
     if not bound <= _LARGEST_HALF_BOUND:
         raise ExportRefused(
@@ -90,9 +93,10 @@ def record_half_golden(wide: Oracle, half: Oracle, samples: Samples, capacity: i
             f" {_LARGEST_HALF_BOUND / HALF_MARGIN:g}"
         )
     # Gains and losses of single tokens cancel in the mean by chance: their spread is allowed for.
-    moved = measured_text - expected_text
+    likelihoods = log_likelihoods(text, given.text)
+    moved = log_likelihoods(rounded_text, given.text) - likelihoods
     log_likelihood_bound = HALF_MARGIN * float(abs(moved.mean()) + moved.std() / len(moved) ** 0.5)
-    _write(directory, given, expected, {}, in_chunks=True)
+    _write(directory, given, expected | {"text_log_likelihood": likelihoods.mean()}, {}, in_chunks=True)
     return Golden(
         file=FILE,
         bound=bound,
@@ -114,22 +118,16 @@ def _choose(samples: Samples, capacity: int) -> _Inputs:
     return _Inputs(prompt, ragged, lengths, steps, text[: min(_TEXT_LEN, capacity)])
 
 
-def _of_oracle(oracle: Oracle, given: _Inputs) -> tuple[dict[str, Any], NDArray[np.float64]]:
-    """Return the results, and the log-likelihood of every token of the text."""
-    ragged_logits = np.stack(
-        [
-            oracle.all_logits(np.concatenate((prompt[:length], steps)))[length:]
-            for prompt, length, steps in zip(given.ragged, given.lengths, given.steps, strict=True)
-        ],
-        axis=1,
-    )
-    text = log_likelihoods(oracle.all_logits(given.text), given.text)
-    results = {
+def _of_oracle(oracle: Oracle, given: _Inputs) -> dict[str, NDArray[np.float32]]:
+    """Return the logits behind the prompt and behind each forced token."""
+    ragged_logits = [
+        oracle.all_logits(np.concatenate((prompt[:length], steps)))[length:]
+        for prompt, length, steps in zip(given.ragged, given.lengths, given.steps, strict=True)
+    ]
+    return {
         "prompt_logits": oracle.all_logits(given.prompt)[-1],
-        "ragged_logits": ragged_logits,
-        "text_log_likelihood": text.mean(),
+        "ragged_logits": np.stack(ragged_logits, axis=1),
     }
-    return results, text
 
 
 def _write(

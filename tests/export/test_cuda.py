@@ -310,7 +310,6 @@ def test_a_decoder_that_rounding_ruins_is_found(window, planted, message):
 def test_a_decoder_that_rounding_ruins_becomes_no_bundle(window, tmp_path, monkeypatch, planted, message):
     # Twin and half graph are of the same planted weights, so only the text tells.
     monkeypatch.setattr(cuda, "half_decoder", planted)
-    monkeypatch.setattr(cuda, "CPU_BOUND", float("inf"))
     target = Target(repository=tmp_path, name="ruined", version=1)
     with pytest.raises(ExportRefused, match=message):
         export_bundle(window, target, precision="fp16", report=silent)
