@@ -9,8 +9,9 @@ import logging
 import queue
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 from attendant.bundle import Check, Manifest
@@ -130,6 +131,8 @@ class EngineLoop(BundleThread):
         self._streams: dict[str, TokenStream] = {}
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._last_finishes: deque[float] = deque(maxlen=16)
+        # Of the last step: handed to the event loop while a device computes the next, so that they do not compete.
+        self._unpublished: Callable[[], None] | None = None
 
     @classmethod
     def load(
@@ -160,7 +163,7 @@ class EngineLoop(BundleThread):
         graph = assembly.checked
         latency = LatencyModel()
         graph.observer = latency.observe
-        checks = check_bundle(found, graph)
+        checks = (*assembly.checks, *check_bundle(found, graph))
         graph.observer = None
         probe = generation_probe(found, graph)
         config = SchedulerConfig(
@@ -399,6 +402,8 @@ class EngineLoop(BundleThread):
         self._busy_since = None
         try:
             while True:
+                if not self._scheduler.has_work:
+                    self._hand_over()
                 command = self._commands.get(
                     timeout=self._options.idle_release_seconds, block=not self._scheduler.has_work
                 )
@@ -406,9 +411,11 @@ class EngineLoop(BundleThread):
                     self._scheduler.add(command)
                 elif isinstance(command, _Cancel):
                     if self._scheduler.cancel(command.request_id):
+                        self._hand_over()
                         # Nothing may follow that would say so.
                         self._call_soon(self._publish_occupancy, self._scheduler.occupancy())
                 else:
+                    self._hand_over()
                     return False
         except queue.Empty:
             if not self._scheduler.has_work:
@@ -419,12 +426,21 @@ class EngineLoop(BundleThread):
         self._busy_since = self.clock()
         events = self._scheduler.expire(self._busy_since)
         plan = self._scheduler.schedule(self._busy_since)
-        result = self._engine.execute(plan)
+        result = self._engine.execute(plan, self._hand_over)
+        self._hand_over()
         now = self.clock()
         events += self._scheduler.update(plan, result, now)
         if now >= self._forecast_at:
             self._queue_seconds, self._forecast_at = self._scheduler.queue_seconds(now), now + _FORECAST_SECONDS
-        self._call_soon(self._publish, plan, result, events, self._scheduler.occupancy())
+        self._unpublished = partial(self._call_soon, self._publish, plan, result, events, self._scheduler.occupancy())
+        if not self._engine.waits:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Hand what came of the last step to the event loop, unless that is done."""
+        if self._unpublished is not None:
+            self._unpublished()
+            self._unpublished = None
 
 
 def _num_tokens(event: Event) -> int:

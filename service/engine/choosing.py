@@ -51,6 +51,10 @@ class Outcome:
 class Chooser(Protocol[Rows_contra]):
     """Chooses tokens from what a graph says of its logits, step by step."""
 
+    @property
+    def waits(self) -> bool:
+        """Whether the host has nothing to do while a step is computed."""
+
     def prepare(self) -> None:
         """Do what has to be done once, on the thread that is to run steps, while all slots are free."""
 
@@ -63,8 +67,11 @@ class Chooser(Protocol[Rows_contra]):
     def take(self, rows: Rows_contra, wanted: Mapping[int, Wanted], outcome: Outcome) -> None:
         """Take over the logits of a run; `wanted` says of which of its rows, counted from 0, something is to come."""
 
-    def finish(self, outcome: Outcome) -> list[float]:
-        """Note the rest of what came of the step, and return the seconds of its parts."""
+    def finish(self, outcome: Outcome, meanwhile: Callable[[], object]) -> list[float]:
+        """Note the rest of what came of the step, and return the seconds of its parts.
+
+        `meanwhile` is called while a device computes, if there is one.
+        """
 
 
 class HostChooser:
@@ -74,6 +81,8 @@ class HostChooser:
         vocab_size: logits of a row.
         clock: monotonic seconds.
     """
+
+    waits = False
 
     def __init__(self, vocab_size: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self._sampler = Sampler(vocab_size)
@@ -106,7 +115,7 @@ class HostChooser:
             return error
         return None
 
-    def finish(self, outcome: Outcome) -> list[float]:
+    def finish(self, outcome: Outcome, meanwhile: Callable[[], object]) -> list[float]:
         """Return the seconds of the step's parts."""
         return [end - start for start, end in pairwise(self._times)]
 
@@ -119,6 +128,8 @@ class DeviceChooser:
         sampler: chooses from them where they are.
         clock: monotonic seconds.
     """
+
+    waits = True
 
     def __init__(
         self, graph: DeviceGraph, sampler: DeviceSampler, clock: Callable[[], float] = time.perf_counter
@@ -154,15 +165,18 @@ class DeviceChooser:
         """Remember what is wanted."""
         self._wanted.update((rows[row], one) for row, one in wanted.items())
 
-    def finish(self, outcome: Outcome) -> list[float]:
+    def finish(self, outcome: Outcome, meanwhile: Callable[[], object]) -> list[float]:
         """Choose, wait for the device, and divide the step's time as the device divided its own."""
         wanted = [self._wanted.get(row) for row in self._graph.take()]
         samples = [one and one.sample for one in wanted]
         nothing = [0.0] * (self._num_events - 1)
         if not wanted:
+            meanwhile()
             return nothing
         try:
-            choices = self._sampler.choose(samples)
+            self._sampler.launch(samples)
+            meanwhile()
+            choices = self._sampler.collect()
             self._device.synchronize()  # if nothing was wanted, nobody has
             parts = [self._device.seconds(*pair) for pair in pairwise(self._events[: self._num_events])]
         except Exception:

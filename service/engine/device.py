@@ -13,7 +13,7 @@ import mmap
 import threading
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -74,12 +74,13 @@ class Buffer:
         start, stop, step = rows.indices(self.shape[0])
         assert step == 1 and start <= stop, (rows, self.shape)
         row_bytes = math.prod(self.shape[1:]) * item_bytes(self.dtype)
-        return replace(self, address=self.address + start * row_bytes, shape=(stop - start, *self.shape[1:]))
+        shape = (stop - start, *self.shape[1:])
+        return Buffer(self.address + start * row_bytes, shape, self.dtype, self.device, self.memory)
 
     def reshaped(self, *shape: int) -> "Buffer":
         """Return the same memory with other axes."""
         assert math.prod(shape) == math.prod(self.shape), (self.shape, shape)
-        return replace(self, shape=shape)
+        return Buffer(self.address, shape, self.dtype, self.device, self.memory)
 
 
 class Device(ABC):

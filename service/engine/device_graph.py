@@ -12,6 +12,7 @@ Axes: rows B, new tokens T, slots S, vocabulary V.
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -80,7 +81,7 @@ class DeviceGraph:
         self._buckets = tuple(buckets)
         self._ids: dict[int, int] = {}
         self._options = {graph_id: run_options(graph_id) for graph_id in (EAGER, *captured_ids(buckets).values())}
-        self._decode_bindings: dict[tuple[int, int], Binding] = {}
+        self._decode_runs: dict[tuple[int, int], _DecodeRun] = {}
         self._slot_bindings: dict[int, Binding] = {}
 
     @property
@@ -231,16 +232,17 @@ class DeviceGraph:
 
     def _decode(self, token_ids: Array, lengths: Array, first_slot: int, graph_id: int) -> None:
         num_rows = len(token_ids)
-        binding = self._decode_bindings.get((first_slot, num_rows))
-        if binding is None:
-            binding = self._decode_bindings[first_slot, num_rows] = self._bind(first_slot, num_rows)
-            binding.input(self._names[Role.TOKEN_IDS], self._token_ids[:num_rows])
-            binding.input(self._names[Role.LENGTHS], self._lengths[:num_rows])
-            binding.input(self._names[Role.LOGITS_INDEX], self._logits_index[:num_rows])
-            binding.output(self._names[Role.LOGITS], self.logits[:num_rows])
-        self.device.upload(token_ids, self._token_ids[:num_rows])
-        self.device.upload(lengths, self._lengths[:num_rows])
-        binding.run(self._options[graph_id])
+        run = self._decode_runs.get((first_slot, num_rows))
+        if run is None:
+            run = _DecodeRun(self._bind(first_slot, num_rows), self._token_ids[:num_rows], self._lengths[:num_rows])
+            run.binding.input(self._names[Role.TOKEN_IDS], run.token_ids)
+            run.binding.input(self._names[Role.LENGTHS], run.lengths)
+            run.binding.input(self._names[Role.LOGITS_INDEX], self._logits_index[:num_rows])
+            run.binding.output(self._names[Role.LOGITS], self.logits[:num_rows])
+            self._decode_runs[first_slot, num_rows] = run
+        self.device.upload(token_ids, run.token_ids)
+        self.device.upload(lengths, run.lengths)
+        run.binding.run(self._options[graph_id])
 
     def _chunk(self, slot: int, token_ids: Sequence[int], start: int, wanted: Array, logits: Buffer) -> None:
         end = start + len(token_ids)
@@ -341,6 +343,14 @@ class DownloadedGraph:
             self.observer(phase, work, time.perf_counter() - started)
         self.graph.take()
         return logits
+
+
+class _DecodeRun(NamedTuple):
+    """What is bound for some decode rows, and where their tokens [B, 1] and lengths [B] are read."""
+
+    binding: Binding
+    token_ids: Buffer
+    lengths: Buffer
 
 
 class _Pool:

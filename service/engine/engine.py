@@ -7,6 +7,7 @@ When nothing of a step succeeds, the engine itself is put to the test.
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from service.engine.choosing import Chooser, HostChooser, Outcome, Wanted
@@ -35,8 +36,17 @@ class Engine:
         """Do what has to be done once, on the thread that is to call `execute`, before anything is served."""
         self._chooser.prepare()
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    @property
+    def waits(self) -> bool:
+        """Whether `execute` waits for a device, and has time for something else."""
+        return self._chooser.waits
+
+    def execute(self, plan: StepPlan, meanwhile: Callable[[], object] = lambda: None) -> StepResult:
         """Carry out a plan and return a token or a failure for each of its samples.
+
+        Args:
+            plan: the step.
+            meanwhile: is called once a device, if there is one, has all to do that the plan asks for.
 
         Raises:
             EngineBroken: nothing of the plan succeeded, nor would anything else.
@@ -59,7 +69,7 @@ class Engine:
         for chunk in plan.chunks:
             self._prefill(chunk, outcome)
         self._chooser.mark()
-        encode_seconds, decode_seconds, prefill_seconds = self._chooser.finish(outcome)
+        encode_seconds, decode_seconds, prefill_seconds = self._chooser.finish(outcome, meanwhile)
         failures = outcome.failures
         if failures and self._probe is not None:
             slots = _slots(plan)

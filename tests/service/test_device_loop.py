@@ -135,7 +135,7 @@ def test_states_get_most_of_what_weights_leave_free() -> None:
     assert free_for_states(1 << 30, 2 << 30, 1) == 0
 
 
-@pytest.mark.parametrize("what", ["decode", "choose"])
+@pytest.mark.parametrize("what", ["decode", "launch"])
 async def test_where_a_step_fails_its_rows_are_tried_one_by_one(
     found: FoundBundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
 ) -> None:
@@ -154,7 +154,7 @@ async def test_where_a_step_fails_its_rows_are_tried_one_by_one(
         return run
 
     loop = load(found, HostDevice())
-    owner = DeviceSampler if what == "choose" else DeviceGraph
+    owner = DeviceSampler if what == "launch" else DeviceGraph
     monkeypatch.setattr(owner, what, failing(getattr(owner, what)))
     given = await answers(loop, requests())
     assert calls > 3
@@ -203,3 +203,28 @@ async def test_a_device_that_cannot_be_used_refuses_the_bundle_with_its_reason(f
 
     with pytest.raises(BundleRefused, match="cudaMalloc: out of memory"):
         load(found, Full())
+
+
+async def test_a_step_is_told_while_the_next_is_computed_and_the_last_at_once(
+    found: FoundBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    launch, collect, publish = DeviceSampler.launch, DeviceSampler.collect, EngineLoop._hand_over
+
+    def noted(name: str, original):
+        def run(self, *arguments):
+            if name != "tell" or self._unpublished is not None:
+                told.append(name)
+            return original(self, *arguments)
+
+        return run
+
+    monkeypatch.setattr(DeviceSampler, "launch", noted("launch", launch))
+    monkeypatch.setattr(DeviceSampler, "collect", noted("collect", collect))
+    monkeypatch.setattr(EngineLoop, "_hand_over", noted("tell", publish))
+    loop = load(found, HostDevice())
+    loop.start()
+    request = Request(request_id="r/one", prompt=(5, 6, 7), max_tokens=4, arrival=loop.clock())
+    assert len([token async for item in loop.submit(request) for token in item.tokens]) == 4
+    await loop.close()
+    assert told == ["launch", "collect", *["launch", "tell", "collect"] * 3, "tell"]
