@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
@@ -38,21 +39,21 @@ def _not_begun(step: Step) -> dict[str, object]:
 
 
 def _suite(out: Path) -> list[str]:
-    """Return counts for each file of tests, and why tests failed or were skipped."""
-    files = sorted(out.glob("suite*.xml"))
-    if not files:
-        return []
-    counted, reasons = [], []
-    for path in files:
+    """Return counts for each file of results, how tests failed, and why others were skipped."""
+    counted, failed, skipped = [], [], Counter[str]()
+    for path in sorted(out.glob("suite*.xml")):
         cases = list(ElementTree.parse(path).getroot().iter("testcase"))
-        numbers = {"failed": 0, "skipped": 0}
-        for case in cases:
-            for kind, tags in (("failed", ("failure", "error")), ("skipped", ("skipped",))):
-                for found in (one for tag in tags for one in case.findall(tag)):
-                    numbers[kind] += 1
-                    said = " ".join(found.get("message", "").split())[:300]
-                    reasons.append(f"- {kind}: {case.get('classname')}.{case.get('name')}: {said}")
-        passed = len(cases) - sum(numbers.values())
-        counted.append(f"| {path.stem} | {passed} | {numbers['failed']} | {numbers['skipped']} |")
+        wrong = [(case, found) for case in cases for tag in ("failure", "error") for found in case.findall(tag)]
+        passed_over = [found for case in cases for found in case.findall("skipped")]
+        failed += [f"- failed: {case.get('classname')}.{case.get('name')}: {_said(found)}" for case, found in wrong]
+        skipped.update(map(_said, passed_over))
+        passed = len(cases) - len(wrong) - len(passed_over)
+        counted.append(f"| {path.stem} | {passed} | {len(wrong)} | {len(passed_over)} |")
+    if not counted:
+        return []
     head = ["", "## Suite", "", "| tests | passed | failed | skipped |", "|---|---:|---:|---:|"]
-    return [*head, *counted, "", *reasons]
+    return [*head, *counted, "", *failed, *(f"- {times} skipped: {reason}" for reason, times in skipped.items())]
+
+
+def _said(found: ElementTree.Element) -> str:
+    return " ".join(found.get("message", "").split())[:300]

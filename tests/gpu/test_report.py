@@ -51,15 +51,14 @@ def test_what_ended_is_not_run_again_and_what_did_not_is(tmp_path):
 
 def test_a_step_that_outlives_the_time_is_ended_with_its_children_and_run_again(tmp_path):
     started = tmp_path / "child"
-    child = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
-    hang = python("hang", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])")
+    hang = Step(name="hang", command=("sh", "-c", f"sleep 600 & echo $! > {started}; wait"))
     done: Done = {}
-    assert run([hang, python("after", "")], done, tmp_path, seconds=1.5) is False
+    assert run([hang, python("after", "")], done, tmp_path, seconds=2) is False
     assert done["hang"]["state"] == "unfinished"
     assert not ended(done, hang)
     assert "after" not in done
-    cmdline = Path(f"/proc/{started.read_text()}/cmdline")
-    assert not cmdline.exists() or b"sleep(600)" not in cmdline.read_bytes()
+    cmdline = Path(f"/proc/{started.read_text().strip()}/cmdline")
+    assert not cmdline.exists() or b"sleep" not in cmdline.read_bytes()
 
 
 def test_a_step_with_too_little_time_is_not_begun_and_one_that_can_stop_is_told_when(tmp_path):
@@ -125,6 +124,7 @@ JUNIT = """<testsuites><testsuite>
 <testcase classname="tests.gpu.test_a" name="test_good"/>
 <testcase classname="tests.gpu.test_a" name="test_bad"><failure message="assert 1 ==&#10; 2"/></testcase>
 <testcase classname="tests.gpu.test_a" name="test_none"><skipped message="no CUDA device"/></testcase>
+<testcase classname="tests.gpu.test_a" name="test_nothing"><skipped message="no CUDA device"/></testcase>
 </testsuite></testsuites>"""
 
 
@@ -139,9 +139,9 @@ def test_the_page_tells_counts_reasons_and_that_a_dry_run_is_one(tmp_path):
         "| device | none |",
         "| guard | failed | 1.0 | `python guard` |",
         "| suite | not begun | 0.0 | `python -c ''` |",
-        "| suite-gpu-test_a | 1 | 1 | 1 |",
+        "| suite-gpu-test_a | 1 | 1 | 2 |",
         "- failed: tests.gpu.test_a.test_bad: assert 1 == 2",
-        "- skipped: tests.gpu.test_a.test_none: no CUDA device",
+        "- 2 skipped: no CUDA device",
         "error: the CPU build",
     ):
         assert said in shown_page
