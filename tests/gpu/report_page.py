@@ -38,6 +38,12 @@ def _not_begun(step: Step) -> dict[str, object]:
     return {"state": "not begun", "seconds": 0.0, "command": shown(step.command)}
 
 
+def tested(out: Path) -> bool:
+    """Say whether any test of the suite ran, and was not passed over."""
+    cases = (case for path in out.glob("suite*.xml") for case in ElementTree.parse(path).getroot().iter("testcase"))
+    return any(case.find("skipped") is None for case in cases)
+
+
 def _suite(out: Path) -> list[str]:
     """Return counts for each file of results, how tests failed, and why others were skipped."""
     counted, failed, skipped = [], [], Counter[str]()
