@@ -4,8 +4,12 @@ from collections.abc import Sequence
 
 
 def row_buckets(num_slots: int) -> tuple[int, ...]:
-    """Return the sizes for so many slots: powers of two, and all of them."""
-    return (*(1 << power for power in range((num_slots - 1).bit_length())), num_slots)
+    """Return the sizes for so many slots: powers of two, from 8 on also what lies halfway, and all of them.
+
+    A parked row reads all that its slot still holds, as a real one does: so not only powers of two.
+    """
+    sizes = {base << power for base in (1, 12) for power in range(num_slots.bit_length())}
+    return (*sorted(size for size in sizes if size < num_slots), num_slots)
 
 
 def bucket_of(num_rows: int, buckets: Sequence[int]) -> int:

@@ -162,7 +162,7 @@ def test_every_number_of_rows_has_the_smallest_size_that_holds_it() -> None:
     assert row_buckets(1) == (1,)
     assert row_buckets(7) == (1, 2, 4, 7)
     assert row_buckets(8) == (1, 2, 4, 8)
-    assert row_buckets(33) == (1, 2, 4, 8, 16, 32, 33)
+    assert row_buckets(33) == (1, 2, 4, 8, 12, 16, 24, 32, 33)
     for num_slots in range(1, 200):
         buckets = row_buckets(num_slots)
         assert sorted(set(buckets)) == list(buckets) and buckets[-1] == num_slots
