@@ -38,7 +38,7 @@ def _not_begun(step: Step) -> dict[str, object]:
     return {"state": "not begun", "seconds": 0.0, "command": shown(step.command)}
 
 
-def tested(out: Path) -> bool:
+def anything_ran(out: Path) -> bool:
     """Say whether any test of the suite ran, and was not passed over."""
     cases = (case for path in out.glob("suite*.xml") for case in ElementTree.parse(path).getroot().iter("testcase"))
     return any(case.find("skipped") is None for case in cases)

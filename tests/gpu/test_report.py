@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import report
 from carry_parts import cut
-from report_page import page, tested
+from report_page import anything_ran, page
 from report_steps import AGAIN, Done, Step, ended, run_steps, shown
 
 
@@ -149,12 +149,12 @@ def test_the_page_tells_counts_reasons_and_that_a_dry_run_is_one(tmp_path):
 
 
 def test_a_suite_of_which_nothing_ran_is_known(tmp_path):
-    assert not tested(tmp_path)
+    assert not anything_ran(tmp_path)
     skipped = "".join(line for line in JUNIT.splitlines(keepends=True) if "name=" not in line or "skipped" in line)
     (tmp_path / "suite.xml").write_text(skipped)
-    assert not tested(tmp_path)
+    assert not anything_ran(tmp_path)
     (tmp_path / "suite-slow.xml").write_text(JUNIT)
-    assert tested(tmp_path)
+    assert anything_ran(tmp_path)
 
 
 def test_a_report_of_another_device_is_not_gone_on_with(tmp_path, capsys):
