@@ -2,6 +2,7 @@
 
 import contextlib
 
+import onnxruntime
 import pytest
 
 from attendant.v1 import generation_pb2 as pb
@@ -87,21 +88,28 @@ def test_the_models_entry_says_what_was_measured_at_load(served) -> None:
     assert served.value("model_info", target=served.target) == 1
 
 
-@pytest.mark.parametrize(
-    ("precision", "provider", "target"),
-    [("fp16", "cpu", "cuda"), pytest.param("fp32", "cuda", "cpu", marks=pytest.mark.gpu)],
-)
+@pytest.mark.parametrize(("precision", "provider", "target"), [("fp16", "cpu", "cuda"), ("fp32", "cuda", "cpu")])
 def test_a_bundle_is_refused_by_a_server_of_another_provider(
-    precision: str, provider: str, target: str, exported, tmp_path, request: pytest.FixtureRequest
+    precision: str, provider: str, target: str, exported, tmp_path
 ) -> None:
-    if provider == "cuda":
-        request.getfixturevalue("cuda")
     found, _ = exported(precision)
     server = Server(found.directory.parents[1], tmp_path / "log", ("--provider", provider))
     with contextlib.closing(server):
         assert server.wait() == 1
     refusal = f"REFUSED lm-{precision}/1: it was made for {target}, this server runs on {provider}"
     assert refusal in server.lines
+
+
+def test_a_bundle_for_cuda_is_refused_where_cuda_is_not(exported, tmp_path) -> None:
+    """ONNX Runtime would compute on the CPU, without a word."""
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime is the GPU build")
+    found, _ = exported("fp16")
+    server = Server(found.directory.parents[1], tmp_path / "log", ("--provider", "cuda"))
+    with contextlib.closing(server):
+        assert server.wait() == 1
+    (refusal,) = [line for line in server.lines if line.startswith("REFUSED")]
+    assert "cuda" in refusal.lower() and "made for" not in refusal
 
 
 @pytest.mark.gpu
