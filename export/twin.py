@@ -13,6 +13,7 @@ from onnx_ir import DataType
 
 from export.weights import DecoderWeights, map_tensors
 
+_SMALL = 1 << 16
 _LOGITS = "logits"  # float32 in every graph
 _Row = tuple[object, ...]
 
@@ -38,8 +39,13 @@ def differing_weights(half: ir.Graph, twin: ir.Graph) -> list[str]:
 
 
 def hollow(weights: DecoderWeights) -> DecoderWeights:
-    """Return float32 weights of the same shapes that take next to no memory: enough to trace a graph."""
-    return map_tensors(weights, lambda tensor: torch.zeros((), dtype=torch.float32).expand(tensor.shape))
+    """Return float32 weights of the same shapes that take next to no memory: enough to trace a graph.
+
+    Small ones keep their values, because PyTorch's exporter stores small tensors that are equal only once.
+    """
+    return map_tensors(
+        weights, lambda each: each.float() if each.numel() <= _SMALL else torch.zeros(()).expand(each.shape)
+    )
 
 
 def _rows(graph: ir.Graph, dtype: DataType) -> list[_Row]:

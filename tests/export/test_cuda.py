@@ -156,6 +156,19 @@ def test_an_fp16_graph_on_the_cpu_computes_what_pytorch_does_in_fp16(bundle):
         assert relative_error(logits[row], Oracle(half).all_logits(text)[-1]) < 0.01
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [LLAMA, GPT2, MIXTURE], ids=["llama", "gpt2", "mixture"])
+def test_a_decoder_of_any_family_is_compared_at_its_whole_depth(llama, tmp_path, monkeypatch, config):
+    monkeypatch.setattr(cuda, "TWIN_BYTES", 0)
+    monkeypatch.setattr(cuda, "TWIN_LAYERS", 1)
+    target = Target(repository=tmp_path, name="deep", version=1)
+    manifest = export_bundle(trained(llama, config), target, precision="bf16", report=silent)
+    (compared,) = (
+        check for check in manifest.certificate.checks if check.name == "nodes that differ from the fp32 twin"
+    )
+    assert "beside the fp32 graph of all layers" in compared.grid
+
+
 def test_a_decoder_that_widens_one_layer_at_a_time_is_the_wide_one(llama):
     half, text = half_decoder(trained(llama, LLAMA).module, "bf16"), np.arange(40)
     expected = Oracle(first_layers(half, 2)).all_logits(text)
