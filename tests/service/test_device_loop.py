@@ -208,6 +208,7 @@ async def test_a_device_that_cannot_be_used_refuses_the_bundle_with_its_reason(f
 async def test_a_step_is_told_while_the_next_is_computed_and_the_last_at_once(
     found: FoundBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    loop = load(found, HostDevice())
     told: list[str] = []
     launch, collect, publish = DeviceSampler.launch, DeviceSampler.collect, EngineLoop._hand_over
 
@@ -222,7 +223,6 @@ async def test_a_step_is_told_while_the_next_is_computed_and_the_last_at_once(
     monkeypatch.setattr(DeviceSampler, "launch", noted("launch", launch))
     monkeypatch.setattr(DeviceSampler, "collect", noted("collect", collect))
     monkeypatch.setattr(EngineLoop, "_hand_over", noted("tell", publish))
-    loop = load(found, HostDevice())
     loop.start()
     request = Request(request_id="r/one", prompt=(5, 6, 7), max_tokens=4, arrival=loop.clock())
     assert len([token async for item in loop.submit(request) for token in item.tokens]) == 4
