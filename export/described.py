@@ -69,7 +69,7 @@ def write_graph(
         ExportRefused: PyTorch cannot trace the module; the message names the line.
     """
     program = trace_graph(module, graph, max_tokens=max_tokens, opset=opset, translations=translations)
-    program.save(directory / graph.file, external_data=graph.data is not None)
+    program.save(directory / graph.file, external_data=True)
 
 
 def trace_graph(

@@ -1,12 +1,12 @@
 """The graphs that choose tokens on a device, as the manifest describes them, and how they are written."""
 
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
-from torch import nn
+import torch
 
 from attendant.bundle import ADJUSTMENTS, ROWS, Axis, DType, GraphKind, GraphSpec, Role, TensorSpec
-from export.described import write_graph
+from export.described import trace_graph
 from export.sampler_graph import TOP_LOGPROBS, LogprobsGraph, SamplerGraph
 
 OPSET = 18
@@ -46,16 +46,16 @@ def sampler_graphs(vocab_size: int) -> tuple[GraphSpec, ...]:
 def write_sampler(directory: Path, vocab_size: int) -> tuple[GraphSpec, ...]:
     """Write the graphs into `directory` and return what the manifest says of them."""
     graphs = sampler_graphs(vocab_size)
-    for graph, module in zip(graphs, _modules(vocab_size), strict=True):
-        write_graph(module, graph, directory, opset=OPSET)
+    for graph in graphs:
+        _program(graph, vocab_size).save(directory / graph.file, external_data=False)
     return graphs
 
 
-def _modules(vocab_size: int) -> Iterator[nn.Module]:
-    """Return what computes each graph of `sampler_graphs`."""
-    yield SamplerGraph(vocab_size)
-    yield SamplerGraph(vocab_size)
-    yield LogprobsGraph(vocab_size)
+@cache
+def _program(graph: GraphSpec, vocab_size: int) -> torch.onnx.ONNXProgram:
+    """Trace one of the graphs; bundles of the same vocabulary have the same."""
+    module = LogprobsGraph if graph.kind is GraphKind.LOGPROBS else SamplerGraph
+    return trace_graph(module(vocab_size), graph, opset=OPSET)
 
 
 def _tensor(role: Role, dtype: DType, *axes: Axis) -> TensorSpec:
