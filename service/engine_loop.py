@@ -67,6 +67,7 @@ class EngineOptions:
         max_waiting_requests: requests that wait for a slot before more are turned away.
         kv_memory: bytes for the states of all sequences; on a GPU, what its free memory allows if None.
         num_bundles: bundles that share what is free then.
+        cuda_graphs: whether a GPU's decode runs are captured and replayed.
         prefill_chunk_tokens: longest prefill chunk while other sequences decode.
         idle_chunk_tokens: longest prefill chunk while nothing decodes.
         inter_token_target_seconds: between two tokens of a stream; it sizes the prefill chunks beside it, if not 0.
@@ -80,6 +81,7 @@ class EngineOptions:
     max_waiting_requests: int = 256
     kv_memory: int | None = 4 << 30
     num_bundles: int = 1
+    cuda_graphs: bool = True
     prefill_chunk_tokens: int = 256
     idle_chunk_tokens: int = 512
     inter_token_target_seconds: float = 0.1
@@ -159,6 +161,7 @@ class EngineLoop(BundleThread):
             kv_memory=options.kv_memory,
             num_bundles=options.num_bundles,
             device=device,
+            captures=options.cuda_graphs,
         )
         graph = assembly.checked
         latency = LatencyModel()

@@ -76,6 +76,10 @@ class Settings(BaseSettings):
         description="what runs the graphs; cuda is the first GPU that the process sees, needs the package "
         "onnxruntime-gpu, and serves what was exported for it",
     )
+    cuda_graphs: bool = Field(
+        True,
+        description="capture a GPU's decode runs before serving, and replay them; without, each kernel is launched",
+    )
     threads: int = Field(
         default_factory=_available_cores,
         ge=1,

@@ -177,6 +177,7 @@ class App:
             max_waiting_requests=settings.max_waiting_requests,
             kv_memory=None if memory is None else memory // num_generating,
             num_bundles=num_generating,
+            cuda_graphs=settings.cuda_graphs,
             prefill_chunk_tokens=settings.prefill_chunk_tokens,
             idle_chunk_tokens=settings.idle_chunk_tokens,
             inter_token_target_seconds=settings.inter_token_target_seconds,

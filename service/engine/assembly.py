@@ -51,6 +51,7 @@ def assemble(
     kv_memory: int | None,
     num_bundles: int = 1,
     device: Device | None = None,
+    captures: bool = True,
 ) -> Assembly:
     """Load what runs a bundle where it was made for.
 
@@ -60,6 +61,7 @@ def assemble(
         kv_memory: bytes for their states; on a device, what its free memory allows if None.
         num_bundles: how many share that.
         device: what runs it; if None, the processor or the GPU, as the bundle says.
+        captures: whether a GPU's decode runs are captured and replayed, which come in buckets for that.
 
     Raises:
         BundleRefused: it does not fit what this build serves, or what this machine has.
@@ -70,7 +72,10 @@ def assemble(
             device = CudaDevice()
         if device is not None:
             with device.exclusive:
-                return _on_device(found, max_slots, kv_memory, num_bundles, device)
+                if kv_memory is None:
+                    free, _ = device.memory()
+                    kv_memory = free_for_states(free, _weight_bytes(found.manifest), num_bundles)
+                return _on_device(found, device, device_slots(found.manifest, max_slots, kv_memory), captures=captures)
     except DeviceError as error:
         raise BundleRefused(str(error)) from error
     assert kv_memory is not None, "the memory of a processor is always given"
@@ -79,20 +84,16 @@ def assemble(
     return Assembly(graph, graph, HostChooser(graph.vocab_size), max_slots, size)
 
 
-def _on_device(found: FoundBundle, max_slots: int, kv_memory: int | None, num_bundles: int, device: Device) -> Assembly:
-    manifest = found.manifest
-    free, total = device.memory()
-    if kv_memory is None:
-        kv_memory = free_for_states(free, _weight_bytes(manifest), num_bundles)
-    num_slots = device_slots(manifest, max_slots, kv_memory)
-    capacity = manifest.limits.max_model_len
-    buckets = row_buckets(num_slots)
+def _on_device(found: FoundBundle, device: Device, num_slots: int, *, captures: bool) -> Assembly:
+    capacity = found.manifest.limits.max_model_len
+    buckets = row_buckets(num_slots) if captures else ()
+    free, total = (size >> 20 for size in device.memory())
     logger.info(
-        "%s: %d slots of %d tokens in %d MiB of the device's %d MiB, of which %d MiB were free",
-        *(manifest.key, num_slots, capacity, kv_memory >> 20, total >> 20, free >> 20),
+        "%s: %d slots of %d tokens; %d of the device's %d MiB were free before",
+        *(found.manifest.key, num_slots, capacity, free, total),
     )
     graph = DeviceGraph(found, num_slots, capacity, device, buckets)
-    sampler = DeviceSampler(found, graph.logits, row_buckets(graph.logits.shape[0]))
+    sampler = DeviceSampler(found, graph.logits, row_buckets(graph.logits.shape[0]) if captures else ())
     return Assembly(
         checked=DownloadedGraph(graph),
         graph=graph,

@@ -1,5 +1,6 @@
 """ONNX Runtime sessions of this process: one shared thread pool, the provider asked for, the tensors declared."""
 
+import logging
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,8 @@ from service.bundle import BundleRefused
 from service.engine.device import Device
 
 CUDA = "CUDAExecutionProvider"
+
+logger = logging.getLogger(__name__)
 
 _NUMPY_NAME = {
     "tensor(double)": "float64",
@@ -58,7 +61,15 @@ def create_session(
         providers = [(CUDA, cuda_options(device, captures=captures))]
     path = directory / graph.file
     try:
-        session = ort.InferenceSession(str(path), options, providers=providers)
+        try:
+            session = ort.InferenceSession(str(path), options, providers=providers)
+        except Exception as error:
+            if device is None or device.name != "cuda" or not captures:
+                raise
+            # A node that only the CPU has a kernel for: slower is better than not at all, but not in silence.
+            logger.warning("%s: its runs can not be captured, every kernel is launched alone: %s", path, error)
+            providers = [(CUDA, cuda_options(device, captures=False))]
+            session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
         raise BundleRefused(f"{graph.file}: ONNX Runtime cannot load it: {error}") from error
     if device is not None and device.name == "cuda":

@@ -97,9 +97,10 @@ def load(found: FoundBundle, device: HostDevice | None = None, **changes: object
     return EngineLoop.load(found, options, ServerMetrics().model("tiny/1", 288), device)
 
 
-async def test_requests_of_all_kinds_get_the_same_answers_as_on_the_cpu(found: FoundBundle) -> None:
+@pytest.mark.parametrize("captures", [True, False])
+async def test_requests_of_all_kinds_get_the_same_answers_as_on_the_cpu(found: FoundBundle, captures: bool) -> None:
     expected = await answers(load(found), requests())
-    given = await answers(load(found, HostDevice()), requests())
+    given = await answers(load(found, HostDevice(), cuda_graphs=captures), requests())
     for (ours, finish), (theirs, end) in zip(given, expected, strict=True):
         assert [token.token_id for token in ours] == [token.token_id for token in theirs]
         assert finish is not None and end is not None and finish.reason == end.reason

@@ -35,6 +35,7 @@ def test_every_field_is_described_and_is_a_flag_and_a_variable(monkeypatch: pyte
         "state_dir": ("kept", Path("kept")),
         "canary_rate": ("0.5", 0.5),
         "reflection": ("false", False),
+        "cuda_graphs": ("false", False),
         "log_level": ("debug", "debug"),
     }
     for name, field in Settings.model_fields.items():
@@ -44,7 +45,7 @@ def test_every_field_is_described_and_is_a_flag_and_a_variable(monkeypatch: pyte
             environment.setenv("ATTENDANT_REPOSITORY", "somewhere")
             environment.setenv(f"ATTENDANT_{name.upper()}", text)
             assert getattr(load_settings([]), name) == value
-            if name != "reflection":
+            if field.annotation is not bool:
                 environment.setenv(f"ATTENDANT_{name.upper()}", "cpu" if name == "provider" else "6")
                 flags = ["--" + name.replace("_", "-"), text]
                 if name == "log_level":

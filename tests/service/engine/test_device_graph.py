@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from attendant.bundle import DType
 from service.bundle import BundleRefused, FoundBundle
+from service.engine.binding import Binding
 from service.engine.captures import EAGER, captured_ids, warm_up
 from service.engine.device import HostDevice
 from service.engine.device_graph import DeviceGraph, DownloadedGraph
@@ -127,6 +129,37 @@ def test_what_a_device_does_not_serve_is_refused_with_the_reason(byte_bundles: d
     for rule in ("ring", "replace"):
         with pytest.raises(BundleRefused, match=f"states of the rule {rule}: on a device"):
             DeviceGraph(byte_bundles[rule], 2, 64, HostDevice())
+
+
+def test_a_type_that_numpy_lacks_is_bound_by_address(tiny: FoundBundle) -> None:
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    half = [helper.make_tensor_value_info(name, TensorProto.BFLOAT16, ["n", 4]) for name in ("x", "z")]
+    nodes = [
+        helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["y"], ["z"], to=TensorProto.BFLOAT16),
+    ]
+    model = helper.make_model(
+        helper.make_graph(nodes, "halves", half[:1], half[1:]),
+        opset_imports=[helper.make_opsetid("", 21)],
+        ir_version=10,
+    )
+    options = onnxruntime.SessionOptions()
+    options.use_per_session_threads = False
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    device = HostDevice()
+    numbers = np.arange(24, dtype=np.uint16).reshape(6, 4) * 512
+    source, destination = (device.allocate((6, 4), DType.BFLOAT16) for _ in range(2))
+    device.upload(numbers, source)
+    binding = Binding(session)
+    binding.input("x", source[2:5])
+    binding.output("z", destination[1:4])
+    binding.run()
+    found = np.zeros((6, 4), np.uint16)
+    device.download(destination, found)
+    device.synchronize()
+    assert (found[1:4] == numbers[2:5]).all() and not found[0].any() and not found[4:].any()
 
 
 def test_asking_for_cuda_here_is_refused_with_what_is_missing(tiny: FoundBundle) -> None:
