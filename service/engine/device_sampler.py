@@ -13,10 +13,11 @@ import numpy as np
 
 from attendant.bundle import NOT_FINITE, NOT_RANKED, DType, GraphKind, GraphSpec, Role
 from service.bundle import BundleRefused, FoundBundle
-from service.engine.adjustments import ENTRY, Adjustments, adjusts
+from service.engine.adjustments import Adjustments, adjusts
 from service.engine.binding import Binding
 from service.engine.captures import EAGER, captured_ids, run_options, warm_up
-from service.engine.device import Array, Buffer, Device
+from service.engine.device import Buffer, Device
+from service.engine.mirrors import Arriving, Mirror, Room
 from service.engine.runtime import create_session
 from service.engine.sampling import NotFinite, Sampler, uniforms
 from service.scheduling.plan import Sample
@@ -55,13 +56,13 @@ class DeviceSampler:
         self._host = Sampler(vocab_size)
         self._row = self._device.host_array((1, vocab_size), DType.FLOAT32)
         wanted = {**_REQUEST, **_FILTERS}
-        self._wanted = {role: _Mirror(self._device, (self._max_rows,), dtype) for role, dtype in wanted.items()}
-        self._choices = _Arriving(self._device, (self._max_rows,), DType.INT64)
+        self._wanted = {role: Mirror(self._device, (self._max_rows,), dtype) for role, dtype in wanted.items()}
+        self._choices = Arriving(self._device, (self._max_rows,), DType.INT64)
         self._told = {
-            tensor.role: _Arriving(self._device, _shape(tensor.axes, self._max_rows), tensor.dtype)
+            tensor.role: Arriving(self._device, _shape(tensor.axes, self._max_rows), tensor.dtype)
             for tensor in self._teller.spec.outputs
         }
-        self._rooms: dict[int, _Room] = {}
+        self._rooms: dict[int, Room] = {}
         self._adjustments: dict[str, Adjustments] = {}
         self._ids: dict[int, int] = {}
         self._options = {graph_id: run_options(graph_id) for graph_id in (EAGER, *captured_ids(buckets).values())}
@@ -109,7 +110,7 @@ class DeviceSampler:
             self._device.synchronize()
         self._ids = captured_ids(self._buckets)
 
-    def _run(self, kind: GraphKind, num_rows: int, room: "_Room", graph_id: int) -> None:
+    def _run(self, kind: GraphKind, num_rows: int, room: Room, graph_id: int) -> None:
         graph = self._choosers[kind]
         binding = graph.bindings.get((num_rows, room.size))
         if binding is None:
@@ -149,7 +150,7 @@ class DeviceSampler:
             for role, values in zip(_FILTERS, zip(*wanted, strict=True), strict=True):
                 self._wanted[role].write(values)
 
-    def _adjust(self, samples: Sequence[Sample | None]) -> "_Room":
+    def _adjust(self, samples: Sequence[Sample | None]) -> Room:
         """Say which logits change, in the smallest room that is enough for each row."""
         before, self._adjustments = self._adjustments, {}
         rows: list[Adjustments | None] = [None] * len(samples)
@@ -164,10 +165,10 @@ class DeviceSampler:
         room.write(rows)
         return room
 
-    def _room(self, size: int) -> "_Room":
+    def _room(self, size: int) -> Room:
         size = 1 << (size - 1).bit_length()
         if size not in self._rooms:
-            self._rooms[size] = _Room(self._device, self._max_rows, size)
+            self._rooms[size] = Room(self._device, self._max_rows, size)
         return self._rooms[size]
 
     def _outcome(self, row: int, sample: Sample | None) -> Outcome:
@@ -201,66 +202,6 @@ class _Graph:
         self.spec: GraphSpec = spec
         self.session = create_session(found.directory, spec, device, captures=captures)
         self.bindings: dict[tuple[int, int], Binding] = {}
-
-
-class _Mirror:
-    """An array of the host [rows, ...] and its copy on the device, which is renewed where it differs."""
-
-    def __init__(self, device: Device, shape: tuple[int, ...], dtype: DType, neutral: float = 0) -> None:
-        self.array = np.full(shape, neutral, dtype.value)
-        self.buffer = device.allocate(shape, dtype)
-        device.upload(self.array, self.buffer)
-
-    def write(self, values: Sequence[float] | Array) -> None:
-        """Set the first rows."""
-        known, fresh = self.array[: len(values)], np.asarray(values, self.array.dtype)
-        if not np.array_equal(known, fresh):
-            known[:] = fresh
-            self.upload(len(values))
-
-    def upload(self, num_rows: int) -> None:
-        """Copy the first rows to the device."""
-        self.buffer.device.upload(self.array[:num_rows], self.buffer[:num_rows])
-
-
-class _Room:
-    """Adjustments of every row, `size` entries each; a row is written again only when its adjustments changed."""
-
-    def __init__(self, device: Device, num_rows: int, size: int) -> None:
-        self.size = size
-        self.mirrors = {
-            role: _Mirror(device, (num_rows, size), dtype, neutral) for role, (dtype, neutral) in ENTRY.items()
-        }
-        self._written: list[tuple[Adjustments | None, int]] = [(None, 0)] * num_rows
-
-    def write(self, rows: Sequence[Adjustments | None]) -> None:
-        """Set the first rows; None is one that changes nothing."""
-        changed = False
-        for row, adjustments in enumerate(rows):
-            state = (adjustments, adjustments.version if adjustments else 0)
-            if self._written[row] == state:
-                continue
-            self._written[row], changed = state, True
-            if adjustments is not None:
-                adjustments.write({role: mirror.array[row] for role, mirror in self.mirrors.items()})
-                continue
-            for role, (_, neutral) in ENTRY.items():
-                self.mirrors[role].array[row] = neutral
-        if changed:
-            for mirror in self.mirrors.values():
-                mirror.upload(len(rows))
-
-
-class _Arriving:
-    """A result on the device, and where its first rows arrive on the host."""
-
-    def __init__(self, device: Device, shape: tuple[int, ...], dtype: DType) -> None:
-        self.buffer = device.allocate(shape, dtype)
-        self.array = device.host_array(shape, dtype)
-
-    def download(self, num_rows: int) -> None:
-        """Have the first rows brought to the host."""
-        self.buffer.device.download(self.buffer[:num_rows], self.array[:num_rows])
 
 
 def _filters(params: SamplingParams, vocab_size: int) -> bool:
