@@ -1,4 +1,4 @@
-"""Memory of a device's sampler that both sides have: what rows want on its way there, what was chosen on its way back."""
+"""What a device's sampler has on both sides: what rows want, on its way there; what was chosen, on its way back."""
 
 from collections.abc import Sequence
 
