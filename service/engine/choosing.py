@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from service.engine.device_graph import DeviceGraph
 from service.engine.device_sampler import DeviceSampler
@@ -24,12 +24,8 @@ logger = logging.getLogger(__name__)
 Rows_contra = TypeVar("Rows_contra", contravariant=True)
 
 
-class Wanted(NamedTuple):
-    """A row is a request's, in a slot; with a sample, a token is to be chosen from it."""
-
-    request_id: str
-    slot: int
-    sample: Sample | None
+Wanted = tuple[str, int, Sample | None]
+"""Whose a row is: request, slot, and for which choice, if a token is to be chosen from it."""
 
 
 @dataclass(slots=True)
@@ -41,11 +37,12 @@ class Outcome:
 
     def put(self, wanted: Wanted, choice: Token | NotFinite | None) -> None:
         """Note what came of a row; a prompt whose logits are not finite on the way need not go on."""
+        request_id, slot, _ = wanted
         if isinstance(choice, NotFinite):
-            logger.error("request %s: %s", wanted.request_id, choice)
-            self.failures[wanted.request_id] = str(choice)
+            logger.error("request %s: %s", request_id, choice)
+            self.failures[request_id] = str(choice)
         elif choice is not None:
-            self.tokens[wanted.slot] = choice
+            self.tokens[slot] = choice
 
 
 class Chooser(Protocol[Rows_contra]):
@@ -102,18 +99,16 @@ class HostChooser:
 
     def take(self, rows: Logits, wanted: Mapping[int, Wanted], outcome: Outcome) -> None:
         """Choose at once."""
-        best = rows.argmax(axis=1)
+        best = rows.argmax(axis=1).tolist()
         for row, one in wanted.items():
-            outcome.put(one, self._choose(rows[row], int(best[row]), one.sample))
-
-    def _choose(self, logits: Logits, best: int, sample: Sample | None) -> Token | NotFinite | None:
-        try:
-            if sample is not None:
-                return self._sampler.choose(logits, best, sample)
-            check_finite(logits, best)
-        except NotFinite as error:
-            return error
-        return None
+            _, slot, sample = one
+            try:
+                if sample is None:
+                    check_finite(rows[row], best[row])
+                else:
+                    outcome.tokens[slot] = self._sampler.choose(rows[row], best[row], sample)
+            except NotFinite as error:
+                outcome.put(one, error)
 
     def finish(self, outcome: Outcome, meanwhile: Callable[[], object]) -> list[float]:
         """Return the seconds of the step's parts."""
@@ -168,7 +163,7 @@ class DeviceChooser:
     def finish(self, outcome: Outcome, meanwhile: Callable[[], object]) -> list[float]:
         """Choose, wait for the device, and divide the step's time as the device divided its own."""
         wanted = [self._wanted.get(row) for row in self._graph.take()]
-        samples = [one and one.sample for one in wanted]
+        samples = [None if one is None else one[2] for one in wanted]
         nothing = [0.0] * (self._num_events - 1)
         if not wanted:
             meanwhile()
@@ -191,9 +186,10 @@ class DeviceChooser:
 
     def _one_by_one(self, outcome: Outcome) -> None:
         for row, one in self._wanted.items():
+            request_id, slot, sample = one
             try:
-                outcome.put(one, self._sampler.choose([None] * row + [one.sample])[row])
+                outcome.put(one, self._sampler.choose([None] * row + [sample])[row])
                 self._device.synchronize()
             except Exception as error:
-                logger.exception("request %s failed in slot %d", one.request_id, one.slot)
-                outcome.failures[one.request_id] = f"choosing a token failed ({type(error).__name__})"
+                logger.exception("request %s failed in slot %d", request_id, slot)
+                outcome.failures[request_id] = f"choosing a token failed ({type(error).__name__})"

@@ -102,22 +102,22 @@ class Engine:
 
     def _decode(self, plan: StepPlan, outcome: Outcome) -> None:
         rows, first_slot = plan.rows, plan.first_slot
-        wanted = {
-            index: Wanted(row.request_id, first_slot + index, row.sample)
+        wanted: dict[int, Wanted] = {
+            index: (row.request_id, first_slot + index, row.sample)
             for index, row in enumerate(rows)
             if row.request_id is not None
         }
-        for index, each in wanted.items():
-            self._begin(each.slot, rows[index].length - 1)
+        for index in wanted:
+            self._begin(first_slot + index, rows[index].length - 1)
         try:
             logits = self.graph.decode(
                 [row.token_id for row in rows], [row.length for row in rows], [*wanted], first_slot
             )
         except Exception:
             logger.exception("a decode step of %d rows failed; trying its rows one by one", len(rows))
-            for index, each in wanted.items():
+            for index, (request_id, slot, sample) in wanted.items():
                 row = rows[index]
-                self._feed(Chunk(each.request_id, each.slot, row.length - 1, (row.token_id,), row.sample), outcome)
+                self._feed(Chunk(request_id, slot, row.length - 1, (row.token_id,), sample), outcome)
             return
         self._chooser.take(logits, wanted, outcome)
 
@@ -153,7 +153,7 @@ class Engine:
 
 
 def _wanted(chunk: Chunk) -> Wanted:
-    return Wanted(chunk.request_id, chunk.slot, chunk.sample)
+    return chunk.request_id, chunk.slot, chunk.sample
 
 
 def _slots(plan: StepPlan) -> dict[str, int]:
