@@ -184,8 +184,8 @@ class DeviceGraph:
             for num_rows, graph_id in warm_up(self._buckets):
                 self._decode(np.zeros(num_rows, np.int64), np.ones(num_rows, np.int32), 0, graph_id)
             self.device.synchronize()
-        for num_rows, graph_id in captured_ids(self._buckets).items():
-            self._verify(num_rows, graph_id)
+            for num_rows, graph_id in captured_ids(self._buckets).items():
+                self._verify(num_rows, graph_id)
         self._ids = captured_ids(self._buckets)
 
     def _verify(self, num_rows: int, graph_id: int) -> None:
