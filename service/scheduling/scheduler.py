@@ -180,6 +180,11 @@ class Scheduler:
             return 0.0
         return self._forecast.wait([due.load for due in self._running(now)], ahead)
 
+    @property
+    def _has_deadlines(self) -> bool:
+        """Whether anybody can be late: if not, nothing need be foreseen of the others."""
+        return any(sequence.request.deadline is not None for sequence in self._sequences.values())
+
     def _running(self, now: float) -> list[Due]:
         """Return what those that have slots still have to do, as far as it can be foreseen."""
         found = []
@@ -247,6 +252,8 @@ class Scheduler:
         if fits is None:
             return self.config.chunk_tokens
         limit = max(CHUNK_UNIT, fits)
+        if not self._has_deadlines:
+            return limit
         dues = self._running(now)
         laxities = self._forecast.laxities(dues) or []
         decoders = [spare for due, spare in zip(dues, laxities, strict=False) if not due.load.reading and spare >= 0]
@@ -272,7 +279,7 @@ class Scheduler:
 
     def _admit(self, now: float, memory: list[Release | Move]) -> None:
         waiting = self._by_urgency(Phase.WAITING, now) if self._ledger.free else []
-        running = self._running(now) if waiting else []
+        running = self._running(now) if waiting and self._has_deadlines else []
         for sequence in waiting:
             request = sequence.request
             if not self._may_join(sequence, running, now):
