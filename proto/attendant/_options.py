@@ -174,11 +174,18 @@ def _add_explain(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="one JSON object")
 
 
-def _command(
+def _described(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, run: Run, text: str
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     command.set_defaults(run=run)
+    return command
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, run: Run, text: str
+) -> argparse.ArgumentParser:
+    command = _described(commands, name, run, text)
     command.add_argument(
         "--server",
         metavar="HOST:PORT",
@@ -192,8 +199,7 @@ def _command(
 def _add_metrics(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, run: Run, text: str
 ) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    command.set_defaults(run=run)
+    command = _described(commands, name, run, text)
     command.add_argument(
         "--metrics",
         metavar="URL",

@@ -21,7 +21,7 @@ from service.bundle import BundleRefused, FoundBundle
 from service.engine.binding import Binding
 from service.engine.captures import EAGER, captured_ids, run_options, warm_up
 from service.engine.device import Array, Buffer, Device, DeviceError
-from service.engine.graph import Logits
+from service.engine.graph import Logits, padded
 from service.engine.pools import position_bytes
 from service.engine.runtime import create_session
 from service.engine.source_graph import Made
@@ -134,17 +134,13 @@ class DeviceGraph:
         Returns:
             The rows of `logits`, of the prompts' ends.
         """
-        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        num_rows, longest = len(prompts), int(lengths.max())
+        token_ids, lengths, ends = padded(prompts)
+        num_rows, longest = token_ids.shape
         assert self.joins_prompts and 0 < num_rows <= self.num_slots - first_slot, (num_rows, first_slot)
         assert lengths.min() > 0 and longest <= self.capacity, (lengths, self.capacity)
-        token_ids = np.zeros((num_rows, longest), np.int64)
-        for row, prompt in enumerate(prompts):
-            token_ids[row, : lengths[row]] = prompt
         binding = self._bind(first_slot, num_rows)
         # As long as the new tokens: nobody has a past.
         binding.input(self._names[Role.TOTAL_LENGTH], np.array(longest, np.int32))
-        ends = np.arange(num_rows, dtype=np.int64) * longest + lengths - 1
         rows = self._rows_for(num_rows)
         self._read(binding, token_ids, lengths, ends, self.logits[rows.start : rows.stop])
         return self._written(rows)
@@ -318,15 +314,6 @@ class DownloadedGraph:
         """Feed whole prompts to as many slots in a row, and return logits [B, V] of their ends."""
         work = prompts_work([len(prompt) for prompt in prompts])
         return self._observed("prefill", work, lambda: self.graph.prompts(first_slot, prompts))
-
-    def feed(self, slot: int, token_ids: Sequence[int], *, every_position: bool = False) -> Logits:
-        """Feed a whole prompt, and return logits [1, V] of its end, or [T, V] of every position."""
-        size = self.prefill_chunk or len(token_ids)
-        pieces = [
-            self.chunk(slot, token_ids[start : start + size], start, every_position=every_position)
-            for start in range(0, len(token_ids), size)
-        ]
-        return np.concatenate(pieces) if every_position else pieces[-1]
 
     def chunk(self, slot: int, token_ids: Sequence[int], start: int, *, every_position: bool = False) -> Logits:
         """Feed positions [start, start + T) to one slot, and return logits [1, V], or [T, V]."""

@@ -5,7 +5,7 @@ one that has them in the host's memory are the same to it: only their type diffe
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,8 +84,37 @@ class HostGraph(Graph[Logits], Protocol):
     def joins_prompts(self) -> bool:
         """Whether prompts may be read together."""
 
-    def feed(self, slot: int, token_ids: Sequence[int], *, every_position: bool = False) -> Logits:
-        """Feed a whole prompt to a slot that has just begun, cut only where the bundle has it cut."""
-
     def chunk(self, slot: int, token_ids: Sequence[int], start: int, *, every_position: bool = False) -> Logits:
         """Feed positions [start, start + T) to one slot, and return logits [1, V], or [T, V]."""
+
+
+def feed(graph: HostGraph, slot: int, token_ids: Sequence[int], *, every_position: bool = False) -> Logits:
+    """Feed a whole prompt to a slot that has just begun, cut only where the bundle has it cut.
+
+    Returns:
+        Logits [1, V] of its end, or [T, V] of every position.
+    """
+    size = graph.prefill_chunk or len(token_ids)
+    pieces = [
+        graph.chunk(slot, token_ids[start : start + size], start, every_position=every_position)
+        for start in range(0, len(token_ids), size)
+    ]
+    return np.concatenate(pieces) if every_position else pieces[-1]
+
+
+class Padded(NamedTuple):
+    """Prompts for one run: token ids [B, longest], lengths [B], and where each ends in the flat token ids [B]."""
+
+    token_ids: NDArray[np.int64]
+    lengths: NDArray[np.int32]
+    ends: NDArray[np.int64]
+
+
+def padded(prompts: Sequence[Sequence[int]]) -> Padded:
+    """Return prompts padded with token 0 to the longest."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    num_rows, longest = len(prompts), int(lengths.max())
+    token_ids = np.zeros((num_rows, longest), np.int64)
+    for row, prompt in enumerate(prompts):
+        token_ids[row, : len(prompt)] = prompt
+    return Padded(token_ids, lengths, np.arange(num_rows, dtype=np.int64) * longest + lengths - 1)

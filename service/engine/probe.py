@@ -15,7 +15,7 @@ from service.bundle import FoundBundle
 from service.engine.agreement import Agreement
 from service.engine.encode_graph import EncodeGraph
 from service.engine.encode_self_test import golden_items
-from service.engine.graph import HostGraph
+from service.engine.graph import HostGraph, feed
 from service.engine.self_test import golden_prompt
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def generation_probe(found: FoundBundle, graph: HostGraph) -> Probe:
 
     def run(slot: int) -> Answer:
         graph.begin(slot, graph.sources.run([source])[0] if graph.sources and source else None)
-        read = graph.feed(slot, prompt)[0].copy()
+        read = feed(graph, slot, prompt)[0].copy()
         written = graph.decode(prompt[-1:], [len(prompt) + 1], [0], slot)[0]
         answer = np.stack((read, written))
         graph.release(slot)

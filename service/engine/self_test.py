@@ -14,7 +14,7 @@ from attendant.bundle import Check, Golden
 from attendant.processor import processor_features
 from service.bundle import BundleRefused, FoundBundle
 from service.engine.agreement import Agreement, relative_error
-from service.engine.graph import HostGraph
+from service.engine.graph import HostGraph, feed
 from service.engine.source_graph import SourceGraph
 from service.scheduling.request import Source
 
@@ -65,7 +65,7 @@ def _replay(golden: Golden, arrays: _Arrays, graph: HostGraph) -> list[Check]:
     bitwise = golden.bitwise and set(golden.bitwise_on) == set(processor_features())
     text = _ids(arrays["text"])[: graph.capacity]
     _begin(graph, 0, _source(arrays))
-    logits = graph.feed(0, text, every_position=True)
+    logits = feed(graph, 0, text, every_position=True)
     likelihood = mean_log_likelihood(logits[:-1], text[1:])
     assert golden.log_likelihood_bound is not None, "the schema demands one of a generating bundle"
     difference = abs(likelihood - float(arrays["text_log_likelihood"]))
@@ -135,7 +135,7 @@ def _begin(graph: HostGraph, slot: int, source: Source | None) -> None:
 
 def _one_pass(graph: HostGraph, prompt: Sequence[int], arrays: _Arrays) -> NDArray[np.float32]:
     _begin(graph, 0, _source(arrays))
-    logits: NDArray[np.float32] = graph.feed(0, prompt)[0]
+    logits: NDArray[np.float32] = feed(graph, 0, prompt)[0]
     return logits
 
 
@@ -147,7 +147,7 @@ def _ragged(graph: HostGraph, arrays: _Arrays) -> NDArray[np.float32] | None:
     sources = _ragged_sources(arrays)
     for slot, (prompt, length) in enumerate(zip(arrays["ragged_prompts"], lengths, strict=True)):
         _begin(graph, slot, sources[slot] if sources else None)
-        graph.feed(slot, _ids(prompt[:length]))
+        feed(graph, slot, _ids(prompt[:length]))
     steps = np.asarray(arrays["ragged_steps"]).T
     logits: NDArray[np.float32] = np.empty((len(steps), len(lengths), graph.vocab_size), np.float32)
     for step, tokens in enumerate(steps):
@@ -236,7 +236,7 @@ def _rows_check(agreement: Agreement, arrays: _Arrays, graph: HostGraph, num_row
             graph.copy(0, slot, len(prompt))
             return
         _begin(graph, slot, sources[slot % len(sources)] if sources else None)
-        graph.feed(slot, prompt[: lengths[slot]])
+        feed(graph, slot, prompt[: lengths[slot]])
 
     for slot in range(num_rows):
         prepare(slot)

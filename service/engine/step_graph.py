@@ -16,7 +16,7 @@ import numpy as np
 from attendant.bundle import GraphKind, GraphSpec, Manifest, Role, StateRule
 from service.bundle import BundleRefused, FoundBundle
 from service.engine.binding import Binding
-from service.engine.graph import Logits
+from service.engine.graph import Logits, padded
 from service.engine.pools import make_pool, source_capacity
 from service.engine.runtime import create_session
 from service.engine.source_graph import Made, SourceGraph
@@ -130,19 +130,6 @@ class StepGraph:
         self._keep({first_slot + row: lengths[row] for row in kept})
         return self._logits[:num_rows]
 
-    def feed(self, slot: int, token_ids: Sequence[int], *, every_position: bool = False) -> Logits:
-        """Feed a whole prompt to a slot that has just begun, cut only where the bundle has it cut.
-
-        Returns:
-            Logits [1, V] of its end, or [T, V] of every position.
-        """
-        size = self.prefill_chunk or len(token_ids)
-        pieces = [
-            self.chunk(slot, token_ids[start : start + size], start, every_position=every_position)
-            for start in range(0, len(token_ids), size)
-        ]
-        return np.concatenate(pieces) if every_position else pieces[-1]
-
     def prompts(self, first_slot: int, prompts: Sequence[Sequence[int]]) -> Logits:
         """Feed whole prompts to as many slots in a row, which have just begun, in one run: only where `joins_prompts`.
 
@@ -155,26 +142,22 @@ class StepGraph:
         Returns:
             Logits [B, V] of their ends.
         """
-        lengths = [len(prompt) for prompt in prompts]
-        num_rows, longest = len(prompts), max(lengths)
+        token_ids, lengths, ends = padded(prompts)
+        num_rows, longest = token_ids.shape
         assert self.joins_prompts and 0 < num_rows <= self.num_slots - first_slot, (num_rows, first_slot)
-        assert min(lengths) > 0 and longest <= self.capacity, (lengths, self.capacity)
-        token_ids = np.zeros((num_rows, longest), np.int64)
-        for row, prompt in enumerate(prompts):
-            token_ids[row, : lengths[row]] = prompt
+        assert lengths.min() > 0 and longest <= self.capacity, (lengths, self.capacity)
         logits = np.empty((num_rows, self.vocab_size), np.float32)
         binding = self._bind(first_slot, num_rows)
         # As long as the new tokens: nobody has a past.
         binding.input(self._names[Role.TOTAL_LENGTH], np.array(longest, np.int32))
         binding.input(self._names[Role.TOKEN_IDS], token_ids)
-        binding.input(self._names[Role.LENGTHS], np.array(lengths, np.int32))
-        ends = np.arange(num_rows, dtype=np.int64) * longest + np.array(lengths) - 1
+        binding.input(self._names[Role.LENGTHS], lengths)
         binding.input(self._names[Role.LOGITS_INDEX], ends)
         binding.output(self._names[Role.LOGITS], logits)
         started = time.perf_counter()
         binding.run()
         if self.observer is not None:
-            self.observer("prefill", prompts_work(lengths), time.perf_counter() - started)
+            self.observer("prefill", prompts_work([len(prompt) for prompt in prompts]), time.perf_counter() - started)
         return logits
 
     def chunk(self, slot: int, token_ids: Sequence[int], start: int, *, every_position: bool = False) -> Logits:

@@ -9,6 +9,7 @@ from service.engine.binding import Binding
 from service.engine.captures import EAGER, captured_ids, warm_up
 from service.engine.device import HostDevice
 from service.engine.device_graph import DeviceGraph, DownloadedGraph
+from service.engine.graph import feed
 from service.engine.pools import device_slots
 from service.engine.probe import generation_probe
 from service.engine.runtime import require_cuda, require_cuda_build, use_threads
@@ -70,7 +71,7 @@ def test_random_steps_give_the_same_bits_as_on_the_cpu(cpu: StepGraph, device: D
             prompt = prompt_of(numbers, int(numbers.integers(1, CAPACITY)))
             device.begin(slot)
             cpu.begin(slot)
-            assert same(device.feed(slot, prompt), cpu.feed(slot, prompt))
+            assert same(feed(device, slot, prompt), feed(cpu, slot, prompt))
             lengths[slot] = len(prompt)
         elif kind == 3:  # prompts together
             first, count = min(slot, other), abs(slot - other) + 1
@@ -97,7 +98,7 @@ def test_a_captured_size_answers_as_before(tiny: FoundBundle, cpu: StepGraph) ->
     numbers = np.random.default_rng(1)
     for slot in range(SLOTS):
         prompt = prompt_of(numbers, 5 + slot)
-        assert same(device.feed(slot, prompt), cpu.feed(slot, prompt))
+        assert same(feed(device, slot, prompt), feed(cpu, slot, prompt))
     for count in range(1, SLOTS + 1):
         tokens, lengths = prompt_of(numbers, count), [6 + row for row in range(count)]
         assert same(device.decode(tokens, lengths), cpu.decode(tokens, lengths))
