@@ -17,6 +17,7 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
+from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from attendant.v1 import generation_pb2 as pb
@@ -85,14 +86,24 @@ class Server:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}{path}", timeout=PATIENCE) as response:
             return str(response.read().decode())
 
+    def families(self) -> Iterator[Metric]:
+        """Scrape once."""
+        return text_string_to_metric_families(self.get("/metrics"))
+
     def value(self, sample: str, **labels: str) -> float:
         """Return the sum of the samples of this name with these labels; 0 without any."""
         return sum(
             found.value
-            for family in text_string_to_metric_families(self.get("/metrics"))
+            for family in self.families()
             for found in family.samples
             if found.name == sample and labels.items() <= found.labels.items()
         )
+
+    def is_idle(self, **labels: str) -> bool:
+        """Whether nothing waits, runs or holds memory for keys and values; a replay of the canary does hold some."""
+        names = ("attendant_requests_waiting", "attendant_requests_running", "attendant_kv_cache_usage_ratio")
+        samples = [found for family in self.families() for found in family.samples if found.name in names]
+        return not any(found.value for found in samples if labels.items() <= found.labels.items())
 
     @property
     def resident_bytes(self) -> int:

@@ -39,4 +39,4 @@ def test_what_would_be_late_is_refused_with_the_prediction(start, refusal_of, ev
 
     eventually(is_refused)
     eventually(lambda: server.value("attendant_deadline_requests_total", outcome="refused", **MODEL) >= 1)
-    eventually(lambda: server.value("attendant_requests_running") + server.value("attendant_requests_waiting") == 0)
+    eventually(server.is_idle)

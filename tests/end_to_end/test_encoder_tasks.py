@@ -373,5 +373,5 @@ def test_a_deadline_that_has_passed_is_counted_and_harms_nobody(server, client, 
     with pytest.raises(grpc.RpcError) as error:
         server.inference.Classify(request, timeout=0.05)
     assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    eventually(lambda: server.value("attendant_requests_waiting") == server.value("attendant_requests_running") == 0)
+    eventually(server.is_idle)
     assert len([*client.classify(texts, model="classes")]) == len(texts)

@@ -123,10 +123,9 @@ class Served:
         """Return a metric of this model."""
         return self.server.value(f"attendant_{sample}", model=self.model, **labels)
 
-    @property
     def is_idle(self) -> bool:
-        """Whether nothing runs or waits."""
-        return self.value("requests_running") + self.value("requests_waiting") == 0
+        """Whether nothing waits, runs or holds memory for keys and values."""
+        return self.server.is_idle(model=self.model)
 
     @property
     def memory_bytes(self) -> float:

@@ -21,11 +21,10 @@ def test_a_client_that_hangs_up_frees_its_slot(served, eventually) -> None:
         assert all(next(call).WhichOneof("event") == "started" for call in calls)
         for call in calls:
             call.cancel()
-        eventually(lambda: served.is_idle)
+        eventually(served.is_idle)
     cancelled = served.value("requests_finished_total", reason="cancelled") - before
     assert 0 < cancelled <= 3 * (SLOTS + 4)
     assert served.value("tokens_total", kind="output") - made < 240 * 3 * (SLOTS + 4)
-    assert served.value("kv_cache_tokens", state="used") == 0
     assert served.read(served.ask([5, 6], 5))[1].output_tokens == 5
 
 
@@ -56,7 +55,7 @@ def test_latency_is_counted_by_length(served, eventually) -> None:
     steps = served.value("step_seconds_count", phase="decode")
     for number in (number for numbers in lengths.values() for number in numbers):
         served.read(served.ask([number + 20] * number, 4))
-    eventually(lambda: served.is_idle)
+    eventually(served.is_idle)
     for bucket, numbers in lengths.items():
         assert [now - then for now, then in zip(counted(bucket), before[bucket], strict=True)] == [len(numbers)] * 4
     assert served.value("inter_token_latency_seconds_count") == gaps + 3 * 7
@@ -71,7 +70,7 @@ def test_memory_stays_at_the_level_of_the_first_full_house(served, eventually) -
             assert served.read(call)[1].output_tokens == 50
         for call in calls[-4:]:
             call.cancel()
-        eventually(lambda: served.is_idle)
+        eventually(served.is_idle)
         return served.memory_bytes
 
     level = full_house(1)
