@@ -1,17 +1,16 @@
 """One bundle's engine thread, and how the event loop talks to it.
 
-The event loop submits and cancels; the engine thread owns the scheduler and the engine and runs `schedule`, `execute`,
-`update` for ever; all that a step produced crosses back in one `call_soon_threadsafe`. Neither side waits for the
-other: a stream nobody reads costs its answer's tokens in memory, bounded by max_tokens, and nothing else.
+The event loop submits and cancels; the engine thread owns the scheduler and the engine and runs step after step of
+their pipeline; all that a step produced crosses back in one `call_soon_threadsafe`. Neither side waits for the other: a
+stream nobody reads costs its answer's tokens in memory, bounded by max_tokens, and nothing else.
 """
 
 import logging
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Self
 
 from attendant.bundle import Check, Manifest
@@ -32,6 +31,7 @@ from service.errors import (
     QueueFull,
 )
 from service.metrics import ModelMetrics
+from service.pipeline import Pipeline, Step
 from service.scheduling.canary import Canary, Verdict
 from service.scheduling.config import SchedulerConfig
 from service.scheduling.latency import LatencyModel
@@ -122,6 +122,7 @@ class EngineLoop(BundleThread):
         self.load_seconds = load_seconds
         self._engine = engine
         self._scheduler = Scheduler(config, self._predict)
+        self._pipeline = Pipeline(self._scheduler, engine, self.clock)
         self._options = options
         self._metrics = metrics
         metrics.memory_is(config.kv_budget, PAGE_POSITIONS, config.num_slots)
@@ -134,7 +135,7 @@ class EngineLoop(BundleThread):
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._last_finishes: deque[float] = deque(maxlen=16)
         # Of the last step: handed to the event loop while a device computes the next, so that they do not compete.
-        self._unpublished: Callable[[], None] | None = None
+        self._unpublished: Step | None = None
 
     @classmethod
     def load(
@@ -397,7 +398,7 @@ class EngineLoop(BundleThread):
     def _work(self) -> None:
         self._engine.prepare()
         while self._take_commands():
-            if self._scheduler.has_work:
+            if self._pipeline.has_work:
                 self._step()
 
     def _take_commands(self) -> bool:
@@ -405,10 +406,10 @@ class EngineLoop(BundleThread):
         self._busy_since = None
         try:
             while True:
-                if not self._scheduler.has_work:
+                if not self._pipeline.has_work:
                     self._hand_over()
                 command = self._commands.get(
-                    timeout=self._options.idle_release_seconds, block=not self._scheduler.has_work
+                    timeout=self._options.idle_release_seconds, block=not self._pipeline.has_work
                 )
                 if isinstance(command, Request):
                     self._scheduler.add(command)
@@ -421,28 +422,25 @@ class EngineLoop(BundleThread):
                     self._hand_over()
                     return False
         except queue.Empty:
-            if not self._scheduler.has_work:
+            if not self._pipeline.has_work:
                 self._engine.execute(self._scheduler.release_idle())
         return True
 
     def _step(self) -> None:
         self._busy_since = self.clock()
-        events = self._scheduler.expire(self._busy_since)
-        plan = self._scheduler.schedule(self._busy_since)
-        result = self._engine.execute(plan, self._hand_over)
+        step = self._pipeline.step(self._hand_over)
         self._hand_over()
         now = self.clock()
-        events += self._scheduler.update(plan, result, now)
         if now >= self._forecast_at:
             self._queue_seconds, self._forecast_at = self._scheduler.queue_seconds(now), now + _FORECAST_SECONDS
-        self._unpublished = partial(self._call_soon, self._publish, plan, result, events, self._scheduler.occupancy())
+        self._unpublished = step
         if not self._engine.waits:
             self._hand_over()
 
     def _hand_over(self) -> None:
         """Hand what came of the last step to the event loop, unless that is done."""
         if self._unpublished is not None:
-            self._unpublished()
+            self._call_soon(self._publish, *self._unpublished, self._scheduler.occupancy())
             self._unpublished = None
 
 

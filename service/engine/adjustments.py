@@ -3,7 +3,7 @@
 They are kept up from one token to the next: to read a long prompt again at every step would take longer than the step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -27,22 +27,23 @@ def adjusts(sample: Sample) -> bool:
 
 
 class Adjustments:
-    """The entries of one sequence. `version` grows with every change of them.
+    """The entries of one sequence. `changes` are the places of all that was ever set, in that order.
 
     Args:
         request: whose sequence it is.
     """
 
     def __init__(self, request: Request) -> None:
-        self.version = 0
+        self.changes: list[int] = []
         self._request = request
         self._params = request.sampling
         self._biases = dict(self._params.logit_bias)
-        self._output: tuple[int, ...] = ()
+        self._output: Sequence[int] = ()
+        self._num_output = 0  # tokens of it that are taken in
         self._counts: dict[int, int] = {}
         self._suppresses = False
         self._places: dict[int, int] = {}
-        self._arrays = {role: np.full(1, neutral, dtype.value) for role, (dtype, neutral) in ENTRY.items()}
+        self.arrays = {role: np.full(1, neutral, dtype.value) for role, (dtype, neutral) in ENTRY.items()}
         if self._params.repetition_penalty != 1.0:
             for token_id in request.prompt:
                 self._set(token_id, Role.REPETITION, self._params.repetition_penalty)
@@ -56,16 +57,19 @@ class Adjustments:
 
     def continues_with(self, sample: Sample) -> bool:
         """Return whether a sample is of this sequence, by now perhaps longer."""
-        return sample.request is self._request and sample.output[: len(self._output)] == self._output
+        if sample.request is not self._request or sample.num_output < self._num_output:
+            return False
+        known = slice(self._num_output)
+        return sample.output is self._output or sample.output[known] == self._output[known]
 
     def advance(self, sample: Sample) -> None:
         """Take in what was generated since."""
-        for token_id in sample.output[len(self._output) :]:
+        for token_id in sample.output[self._num_output : sample.num_output]:
             count = self._counts[token_id] = self._counts.get(token_id, 0) + 1
             self._set(token_id, Role.REPETITION, self._params.repetition_penalty)
             penalty = self._params.presence_penalty + self._params.frequency_penalty * count
             self._set(token_id, Role.PENALTY, penalty)
-        self._output = sample.output
+        self._output, self._num_output = sample.output, sample.num_output
         suppresses = sample.num_output < self._request.min_tokens
         if suppresses != self._suppresses:
             self._suppresses = suppresses
@@ -74,7 +78,7 @@ class Adjustments:
 
     def write(self, row: Mapping[Role, Array]) -> None:
         """Write the entries into a row of arrays of at least `size`; the first is repeated in what is left."""
-        for role, array in self._arrays.items():
+        for role, array in self.arrays.items():
             row[role][: self.size] = array[: self.size]
             row[role][self.size :] = array[0]
 
@@ -82,10 +86,10 @@ class Adjustments:
         place = self._places.get(token_id)
         if place is None:
             place = self._places[token_id] = len(self._places)
-            if place == len(self._arrays[role]):
-                self._arrays = {key: np.concatenate((array, array)) for key, array in self._arrays.items()}
+            if place == len(self.arrays[role]):
+                self.arrays = {key: np.concatenate((array, array)) for key, array in self.arrays.items()}
             for key, (_, neutral) in ENTRY.items():
-                self._arrays[key][place] = neutral
-            self._arrays[Role.ADJUSTED_IDS][place] = token_id
-        self._arrays[role][place] = value
-        self.version += 1
+                self.arrays[key][place] = neutral
+            self.arrays[Role.ADJUSTED_IDS][place] = token_id
+        self.arrays[role][place] = value
+        self.changes.append(place)

@@ -38,11 +38,11 @@ class Outcome:
     def put(self, wanted: Wanted, choice: Token | NotFinite | None) -> None:
         """Note what came of a row; a prompt whose logits are not finite on the way need not go on."""
         request_id, slot, _ = wanted
-        if isinstance(choice, NotFinite):
+        if isinstance(choice, Token):
+            self.tokens[slot] = choice
+        elif choice is not None:
             logger.error("request %s: %s", request_id, choice)
             self.failures[request_id] = str(choice)
-        elif choice is not None:
-            self.tokens[slot] = choice
 
 
 class Chooser(Protocol[Rows_contra]):
@@ -158,7 +158,8 @@ class DeviceChooser:
 
     def take(self, rows: range, wanted: Mapping[int, Wanted], outcome: Outcome) -> None:
         """Remember what is wanted."""
-        self._wanted.update((rows[row], one) for row, one in wanted.items())
+        first = rows.start
+        self._wanted.update(wanted if first == 0 else {first + row: one for row, one in wanted.items()})
 
     def finish(self, outcome: Outcome, meanwhile: Callable[[], object]) -> list[float]:
         """Choose, wait for the device, and divide the step's time as the device divided its own."""

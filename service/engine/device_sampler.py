@@ -21,7 +21,7 @@ from service.engine.mirrors import Arriving, Mirror, Room
 from service.engine.runtime import create_session
 from service.engine.sampling import NotFinite, Sampler, uniforms
 from service.scheduling.plan import Sample
-from service.scheduling.request import SamplingParams, Token
+from service.scheduling.request import Request, SamplingParams, Token
 from service.scheduling.row_buckets import bucket_of
 
 Outcome = Token | NotFinite | None
@@ -67,6 +67,10 @@ class DeviceSampler:
         self._ids: dict[int, int] = {}
         self._options = {graph_id: run_options(graph_id) for graph_id in (EAGER, *captured_ids(buckets).values())}
         self._samples: Sequence[Sample | None] = ()
+        self._requests: list[Request | None] = []  # whose wishes are on the device
+        self._seeds = np.zeros(0, np.uint64)
+        self._draws = np.zeros(0, np.bool_)
+        self._is_filtered = False
 
     def choose(self, samples: Sequence[Sample | None]) -> list[Outcome]:
         """Choose for rows [0, len(samples)) of the logits, and wait for the outcomes.
@@ -79,17 +83,20 @@ class DeviceSampler:
     def launch(self, samples: Sequence[Sample | None]) -> None:
         """Have the device choose, after what it was asked before."""
         self._samples = samples
-        wanted = [sample for sample in samples if sample is not None]
-        if not wanted:
+        requests = [None if sample is None else sample.request for sample in samples]
+        if not any(requests):
             return
-        filtered = any(_filters(sample.request.sampling, self._logits.shape[1]) for sample in wanted)
         num_rows = bucket_of(len(samples), self._buckets)  # few sizes, so that few are prepared
-        self._upload(samples, filtered=filtered)
+        if requests != self._requests:
+            self._describe(requests)
+        if self._draws.any():
+            positions = [0 if sample is None else sample.position for sample in samples]
+            self._wanted[Role.UNIFORM].write(uniforms(self._seeds, positions) * self._draws)
         room = self._adjust(samples)
-        kind = GraphKind.SAMPLE_FILTERED if filtered else GraphKind.SAMPLE
+        kind = GraphKind.SAMPLE_FILTERED if self._is_filtered else GraphKind.SAMPLE
         self._run(kind, num_rows, room, self._ids.get(num_rows, EAGER) if room.size == 1 else EAGER)
         self._choices.download(len(samples))
-        if any(sample.request.logprobs for sample in wanted):
+        if any(request.logprobs for request in requests if request is not None):
             self._tell(num_rows, len(samples))
 
     def collect(self) -> list[Outcome]:
@@ -98,7 +105,13 @@ class DeviceSampler:
         if not any(samples):
             return [None] * len(samples)
         self._device.synchronize()
-        return [self._outcome(row, sample) for row, sample in enumerate(samples)]
+        choices = self._choices.array[: len(samples)].tolist()
+        return [
+            Token(choice)
+            if choice >= 0 and sample is not None and not sample.request.logprobs
+            else self._outcome(row, choice, sample)
+            for row, (choice, sample) in enumerate(zip(choices, samples, strict=True))
+        ]
 
     def capture(self) -> None:
         """Capture the runs of every bucket in which no logits are adjusted, on the thread that is to choose."""
@@ -135,17 +148,17 @@ class DeviceSampler:
         for arriving in self._told.values():
             arriving.download(num_wanted)
 
-    def _upload(self, samples: Sequence[Sample | None], *, filtered: bool) -> None:
+    def _describe(self, requests: list[Request | None]) -> None:
         """Say what each row wants; who wants nothing is greedy, and needs no number."""
-        params = [None if sample is None else sample.request.sampling for sample in samples]
-        draws = [each is not None and not each.is_greedy for each in params]
-        inverse = [1.0 / each.temperature if draw and each else 0.0 for each, draw in zip(params, draws, strict=True)]
+        self._requests = requests
+        params = [None if request is None else request.sampling for request in requests]
+        drawn = [each if each is not None and not each.is_greedy else None for each in params]
+        self._draws = np.array([each is not None for each in drawn])
+        self._seeds = np.array([0 if each is None else each.seed for each in drawn], np.uint64)
+        inverse = [0.0 if each is None else 1.0 / each.temperature for each in drawn]
         self._wanted[Role.INVERSE_TEMPERATURE].write(inverse)
-        if any(draws):
-            seeds = [each.seed if draw and each else 0 for each, draw in zip(params, draws, strict=True)]
-            positions = [sample.position if sample else 0 for sample in samples]
-            self._wanted[Role.UNIFORM].write(uniforms(seeds, positions) * np.array(draws))
-        if filtered:
+        self._is_filtered = any(_filters(each, self._logits.shape[1]) for each in drawn if each is not None)
+        if self._is_filtered:
             wanted = [(each.top_k, each.top_p, each.min_p) if each else _KEEPS_ALL for each in params]
             for role, values in zip(_FILTERS, zip(*wanted, strict=True), strict=True):
                 self._wanted[role].write(values)
@@ -171,8 +184,7 @@ class DeviceSampler:
             self._rooms[size] = Room(self._device, self._max_rows, size)
         return self._rooms[size]
 
-    def _outcome(self, row: int, sample: Sample | None) -> Outcome:
-        choice = int(self._choices.array[row])
+    def _outcome(self, row: int, choice: int, sample: Sample | None) -> Outcome:
         if choice == NOT_FINITE:
             return NotFinite("the logits are not finite")
         if sample is None:
@@ -180,8 +192,6 @@ class DeviceSampler:
         if choice == NOT_RANKED:
             return self._choose_on_host(row, sample)
         request = sample.request
-        if not request.logprobs:
-            return Token(choice)
         ids, logprobs = (self._told[role].array[row] for role in (Role.TOP_IDS, Role.TOP_LOGPROBS))
         top = zip(ids[: request.top_logprobs].tolist(), logprobs[: request.top_logprobs].tolist(), strict=True)
         return Token(choice, float(self._told[Role.LOGPROBS].array[row]), tuple(top))
@@ -205,8 +215,6 @@ class _Graph:
 
 
 def _filters(params: SamplingParams, vocab_size: int) -> bool:
-    if params.is_greedy:
-        return False
     return 0 < params.top_k < vocab_size or params.top_p < 1.0 or params.min_p > 0.0
 
 

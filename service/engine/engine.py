@@ -108,7 +108,8 @@ class Engine:
             if row.request_id is not None
         }
         for index in wanted:
-            self._begin(first_slot + index, rows[index].length - 1)
+            if rows[index].length == 1:
+                self._begin(first_slot + index)
         try:
             logits = self.graph.decode(
                 [row.token_id for row in rows], [row.length for row in rows], [*wanted], first_slot
@@ -123,7 +124,7 @@ class Engine:
 
     def _read_together(self, prompts: tuple[Chunk, ...], outcome: Outcome) -> None:
         for prompt in prompts:
-            self._begin(prompt.slot, prompt.start)
+            self._begin(prompt.slot)
         try:
             logits = self.graph.prompts(prompts[0].slot, [prompt.token_ids for prompt in prompts])
         except Exception:
@@ -134,12 +135,13 @@ class Engine:
         self._chooser.take(logits, dict(enumerate(map(_wanted, prompts))), outcome)
 
     def _prefill(self, chunk: Chunk, outcome: Outcome) -> None:
-        self._begin(chunk.slot, chunk.start)
+        if chunk.start == 0:
+            self._begin(chunk.slot)
         self._feed(chunk, outcome)
 
-    def _begin(self, slot: int, start: int) -> None:
+    def _begin(self, slot: int) -> None:
         """Begin a sequence that has no source: those that have one began with it."""
-        if start == 0 and self.graph.sources is None:
+        if self.graph.sources is None:
             self.graph.begin(slot)
 
     def _feed(self, chunk: Chunk, outcome: Outcome) -> None:

@@ -30,29 +30,38 @@ class Mirror:
 
 
 class Room:
-    """Adjustments of every row, `size` entries each; a row is written again only when its adjustments changed."""
+    """Adjustments of every row, `size` entries each; only what changed of a row is written again."""
 
     def __init__(self, device: Device, num_rows: int, size: int) -> None:
         self.size = size
         self.mirrors = {
             role: Mirror(device, (num_rows, size), dtype, neutral) for role, (dtype, neutral) in ENTRY.items()
         }
+        # Whose entries a row has, and how many of their changes.
         self._written: list[tuple[Adjustments | None, int]] = [(None, 0)] * num_rows
 
     def write(self, rows: Sequence[Adjustments | None]) -> None:
         """Set the first rows; None is one that changes nothing."""
-        changed = False
+        is_changed = False
+        changes: list[tuple[int, int, Adjustments]] = []
         for row, adjustments in enumerate(rows):
-            state = (adjustments, adjustments.version if adjustments else 0)
-            if self._written[row] == state:
+            known, num_known = self._written[row]
+            num_changes = len(adjustments.changes) if adjustments else 0
+            if adjustments is known and num_changes == num_known:
                 continue
-            self._written[row], changed = state, True
-            if adjustments is not None:
+            self._written[row], is_changed = (adjustments, num_changes), True
+            if adjustments is None:
+                for role, (_, neutral) in ENTRY.items():
+                    self.mirrors[role].array[row] = neutral
+            elif adjustments is known and 0 not in (places := adjustments.changes[num_known:]):
+                changes += [(row, place, adjustments) for place in places]
+            else:  # the first entry stands in every place that is left over, too
                 adjustments.write({role: mirror.array[row] for role, mirror in self.mirrors.items()})
-                continue
-            for role, (_, neutral) in ENTRY.items():
-                self.mirrors[role].array[row] = neutral
-        if changed:
+        if changes:
+            at = tuple(np.array([change[:2] for change in changes]).T)
+            for role, mirror in self.mirrors.items():
+                mirror.array[at] = [adjustments.arrays[role][place] for _, place, adjustments in changes]
+        if is_changed:
             for mirror in self.mirrors.values():
                 mirror.upload(len(rows))
 

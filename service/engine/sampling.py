@@ -47,7 +47,7 @@ def uniform(seed: int, position: int, candidate: int = 0) -> float:
     return (state >> 11) * 2.0**-53
 
 
-def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
+def uniforms(seeds: Sequence[int] | NDArray[np.uint64], positions: Sequence[int]) -> NDArray[np.float64]:
     """Return `uniform` of many seeds and positions, bit for bit."""
     state = np.array(seeds, np.uint64)  # unsigned arithmetic of numpy wraps around
     for words in (0, np.array(positions, np.uint64), 0):
@@ -102,13 +102,13 @@ class Sampler:
         scores = self._scores
         np.copyto(scores, logits)
         if params.repetition_penalty != 1.0:
-            seen = np.unique(np.array(request.prompt + sample.output, np.int64))
+            seen = np.unique(np.array((*request.prompt, *sample.generated), np.int64))
             at = scores[seen]
             scores[seen] = np.where(
                 at > 0, at / np.float32(params.repetition_penalty), at * np.float32(params.repetition_penalty)
             )
-        if sample.output and (params.presence_penalty or params.frequency_penalty):
-            seen, counts = np.unique(np.array(sample.output, np.int64), return_counts=True)
+        if sample.num_output and (params.presence_penalty or params.frequency_penalty):
+            seen, counts = np.unique(np.array(sample.generated, np.int64), return_counts=True)
             penalty = params.presence_penalty + params.frequency_penalty * counts
             scores[seen] -= penalty.astype(np.float32)
         for token_id, bias in params.logit_bias:

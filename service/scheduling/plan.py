@@ -6,33 +6,52 @@ position, which is written again before it is ever read, and what it would repla
 together, and then chunks of prompts.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from service.scheduling.request import Finish, Request, Source, Token
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """Choose a token for `request` at `position`; `output` is what it generated so far, if the choice depends on it."""
+class Sample(NamedTuple):
+    """Choose a token for `request` at `position`; the first `num_output` tokens of `output` were generated so far.
+
+    When a step is planned, the last of them may not be there yet; when it runs, it is.
+    """
 
     request: Request
     position: int
     num_output: int
-    output: tuple[int, ...] = ()
+    output: Sequence[int] = ()
+
+    @property
+    def generated(self) -> Sequence[int]:
+        """What was generated so far: `output` goes on growing."""
+        return self.output[: self.num_output]
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One slot of the decode rows: feed `token_id` at position `length - 1`; a parked row is nobody's.
+class Row(NamedTuple):
+    """One slot of the decode rows: feed `tokens[place]` at position `length - 1`; a parked row is nobody's.
 
+    The tokens are a prompt, or an answer in the making: its last token may still be computed when a step is planned.
     Without a `sample` the token is one of a prompt, and not its last.
     """
 
     request_id: str | None
-    token_id: int
+    tokens: Sequence[int]
+    place: int
     length: int
     sample: Sample | None
+
+    @property
+    def token_id(self) -> int:
+        """What is fed, known when the step runs."""
+        return self.tokens[self.place]
+
+    @classmethod
+    def parked(cls, length: int) -> "Row":
+        """Return a row that is nobody's."""
+        return cls(None, (0,), 0, length, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +111,31 @@ class StepPlan:
         return self.prompts + self.chunks
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.memory or self.encodes or self.rows or self.reads)
+
+    @property
+    def request_ids(self) -> set[str]:
+        """Whom the step is for."""
+        found = {row.request_id for row in self.rows if row.request_id is not None}
+        return found.union((each.request_id for each in self.encodes), (each.request_id for each in self.reads))
+
+    def without(self, request_ids: Set[str]) -> "StepPlan":
+        """Return the plan for when some requests have ended; all that was decided of memory stays."""
+        rows = tuple(Row.parked(row.length) if row.request_id in request_ids else row for row in self.rows)
+        prompts, chunks = self.prompts, self.chunks
+        if any(prompt.request_id in request_ids for prompt in prompts):  # which are no neighbours any more
+            prompts, chunks = (), self.reads
+        return replace(
+            self,
+            encodes=tuple(encode for encode in self.encodes if encode.request_id not in request_ids),
+            rows=rows if any(row.request_id is not None for row in rows) else (),
+            prompts=prompts,
+            chunks=tuple(chunk for chunk in chunks if chunk.request_id not in request_ids),
+        )
+
+    @property
     def prompt_padding(self) -> int:
         """Tokens behind the ends of the prompts that are read together."""
         lengths = [len(prompt.token_ids) for prompt in self.prompts]
@@ -109,8 +153,7 @@ class StepResult:
     prefill_seconds: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """A request got a token; with `finish` it was the last one.
 
     `gap_seconds` is the time since its previous token, or since arrival for the first (`is_first`), which also carries

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 PATIENCE_SECONDS = 60.0
 """How long a request without a deadline is taken to be willing to wait: so those with later ones do not pass it."""
@@ -124,8 +125,7 @@ class Request:
         return self.eos_token_ids | self.stop_token_ids
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """One generated token; `logprob` and `top` only if asked for, under the unmodified distribution."""
 
     token_id: int

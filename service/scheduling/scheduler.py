@@ -10,6 +10,7 @@ request waits; of one priority the earliest deadline. A scheduler that can fores
 cannot be finished in time, and lets nobody join who would make others late.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from math import inf
 
@@ -80,6 +81,7 @@ class Scheduler:
         self._sequences: dict[str, LiveSequence] = {}
         self._ledger = SlotLedger(config.num_slots, config.kv_budget, reuses_pages=config.window is None)
         self._prefixes = Prefixes(config.num_slots)
+        self._under_way: StepPlan | None = None  # whose certain part is recorded
 
     # What comes in
 
@@ -126,7 +128,8 @@ class Scheduler:
         events: list[Event] = []
         for sequence in [s for s in self._sequences.values() if _slack(s.request, now) <= 0]:
             self.cancel(sequence.request.request_id)
-            events.append(ExpiryEvent(sequence.request, sequence.phase.value, sequence.num_output))
+            num_tokens = sequence.num_output - sequence.awaits_token
+            events.append(ExpiryEvent(sequence.request, sequence.phase.value, num_tokens))
         if self._predict is not None:
             events += self._refuse(now)
         return events
@@ -370,8 +373,9 @@ class Scheduler:
 
     def _decoding(self) -> Iterator[tuple[LiveSequence, Branch]]:
         for sequence in self._in(Phase.DECODE):
-            for branch in sequence.branches:
-                yield sequence, branch
+            if sequence.goes_on:
+                for branch in sequence.branches:
+                    yield sequence, branch
 
     def _hole(self) -> int | None:
         """Return the lowest free slot between decode rows, if as a parked row it would cost every step."""
@@ -422,7 +426,9 @@ class Scheduler:
         first, stop = min(decoding), max(decoding) + 1
         if buckets := self.config.row_buckets:
             first, stop = 0, bucket_of(stop, buckets)
-        lengths = {s.branches[0].slot: s.num_computed + 1 for s in self._in(Phase.PREFILL)}
+        # Their slots hold more than is known of a free one, where a parked row would write into it.
+        held = (s for s in self._sequences.values() if s.phase is Phase.PREFILL or not s.goes_on)
+        lengths = {sequence.branches[0].slot: sequence.num_computed + 1 for sequence in held}
         rows = tuple(
             self._row(*decoding[slot], now) if slot in decoding else self._parked(slot, lengths.get(slot))
             for slot in range(first, stop)
@@ -430,13 +436,13 @@ class Scheduler:
         return first, rows
 
     def _parked(self, slot: int, length: int | None) -> Row:
-        """Return a row that writes into a prompt's next position, or, in a free slot, behind what it still holds."""
+        """Return a row that writes into a sequence's next position, or, in a free slot, behind what it still holds."""
         if length is None:
             length = self._prefixes[slot].length + 1
         if length > self.config.capacity:
             self._forget([slot])
             length = 1
-        return Row(request_id=None, token_id=0, length=length, sample=None)
+        return Row.parked(length)
 
     @staticmethod
     def _row(sequence: LiveSequence, branch: Branch, now: float) -> Row:
@@ -444,9 +450,10 @@ class Scheduler:
         if sequence.prefill_started_at is None:
             sequence.prefill_started_at = now
         num_prompt = len(request.prompt)
-        token_id = request.prompt[position] if position < num_prompt else branch.output[position - num_prompt]
-        sample = _sample(request, branch) if sequence.reads_its_last else None
-        return Row(request.request_id, token_id, position + 1, sample)
+        sample = _sample(sequence, branch) if sequence.reads_its_last else None
+        if position < num_prompt:
+            return Row(request.request_id, request.prompt, position, position + 1, sample)
+        return Row(request.request_id, branch.output, position - num_prompt, position + 1, sample)
 
     def _next_chunks(self, limit: int, now: float, memory: list[Release | Move]) -> tuple[Chunk, ...]:
         """Take the most urgent prompt as far as the limit allows, then others that end within what is left of it."""
@@ -469,7 +476,7 @@ class Scheduler:
                 sequence.prefill_started_at = now
             end = start + length
             branch = sequence.branches[0]
-            sample = _sample(request, branch) if length == remaining else None
+            sample = _sample(sequence, branch) if length == remaining else None
             chunks.append(Chunk(request.request_id, branch.slot, start, request.prompt[start:end], sample))
         return tuple(chunks)
 
@@ -486,53 +493,85 @@ class Scheduler:
 
     # What came of it
 
+    @property
+    def can_plan_ahead(self) -> bool:
+        """Whether a step can be planned before the tokens of the last are known: a search's rows depend on them."""
+        return not any(each.search is not None and each.phase is not Phase.WAITING for each in self._sequences.values())
+
+    def advance(self, plan: StepPlan) -> None:
+        """Record all of a step that is certain before it ends, so that the next can be planned meanwhile.
+
+        That is where everybody will be; not which tokens will be there, nor whether one of them ends an answer.
+        """
+        self._under_way = plan
+        for encode in plan.encodes:
+            if (sequence := self._sequences.get(encode.request_id)) is not None:
+                sequence.phase = self._first_phase(sequence.request)
+        fed = {row.request_id: (1, row.sample) for row in plan.rows if row.request_id is not None}
+        fed |= {chunk.request_id: (len(chunk.token_ids), chunk.sample) for chunk in plan.reads}
+        for request_id, (num_tokens, sample) in fed.items():
+            if (sequence := self._sequences.get(request_id)) is not None:
+                sequence.num_computed += num_tokens
+                if sample is not None:
+                    sequence.phase = Phase.DECODE
+                    sequence.awaits_token = True
+
+    def still_to_do(self, plan: StepPlan) -> StepPlan | None:
+        """Return what is left of a step that was planned ahead, now that it is known who has ended; None if nothing."""
+        ended = plan.request_ids - self._sequences.keys()
+        if ended:
+            plan = plan.without(ended)
+        return None if plan.is_empty else plan
+
     def update(self, plan: StepPlan, result: StepResult, now: float) -> list[Event]:
-        """Record a step. Requests that were cancelled while it ran are passed over."""
+        """Record what came of a step. Requests that were cancelled while it ran are passed over."""
+        if self._under_way is not plan:
+            self.advance(plan)
+        self._under_way = None
         self._charge(plan, result)
         events: list[Event] = []
-        for encode in plan.encodes:
-            sequence = self._sequences.get(encode.request_id)
-            if sequence is not None and not self._failed(sequence, result, events):
-                sequence.phase = self._first_phase(sequence.request)
-        fed = {row.request_id: 1 for row in plan.rows if row.request_id is not None}
-        for request_id, num_tokens in [*fed.items(), *((c.request_id, len(c.token_ids)) for c in plan.reads)]:
-            sequence = self._sequences.get(request_id)
-            if sequence is None or self._failed(sequence, result, events):
-                continue
-            reads_its_last = sequence.num_computed + num_tokens == len(sequence.request.prompt) + sequence.num_output
-            sequence.num_computed += num_tokens
-            if self._reuses_prefix(sequence.request) and request_id not in fed:
-                slot = sequence.branches[0].slot
-                self._prefixes.put(slot, Prefix(sequence.request.prompt, sequence.num_computed))
-            if reads_its_last:
-                self._continue(sequence, [result.tokens[branch.slot] for branch in sequence.branches], now, events)
+        for request_id, message in result.failures.items():
+            if (sequence := self._sequences.get(request_id)) is not None:
+                events.append(self._fail(sequence, message))
+        for chunk in plan.reads:
+            sequence = self._sequences.get(chunk.request_id)
+            if sequence is not None and self._reuses_prefix(sequence.request):
+                self._prefixes.put(sequence.branches[0].slot, Prefix(sequence.request.prompt, sequence.num_computed))
+        # Where the step had them: planning the next may have moved them.
+        chosen = {chunk.request_id: chunk.slot for chunk in plan.reads if chunk.sample is not None}
+        for slot, row in enumerate(plan.rows, plan.first_slot):
+            if row.sample is not None and row.request_id is not None:
+                chosen[row.request_id] = slot
+        for request_id, slot in chosen.items():
+            if (sequence := self._sequences.get(request_id)) is not None:
+                slots = [slot] if sequence.search is None else [branch.slot for branch in sequence.branches]
+                self._continue(sequence, [result.tokens[each] for each in slots], now, events)
         return events
 
     def _charge(self, plan: StepPlan, result: StepResult) -> None:
         """Count the step's time among the tenants: of a batch in equal parts, of prompts by their tokens."""
-        rows = [row.request_id for row in plan.rows if row.request_id is not None]
+        fed = [row.request_id for row in plan.rows if row.request_id is not None]
         num_tokens = sum(len(chunk.token_ids) for chunk in plan.reads)
-        spent = [(request_id, result.decode_seconds / len(rows)) for request_id in rows]
+        spent = [(request_id, result.decode_seconds / len(fed)) for request_id in fed]
         spent += [(each.request_id, result.encode_seconds / len(plan.encodes)) for each in plan.encodes]
         spent += [(c.request_id, result.prefill_seconds * len(c.token_ids) / num_tokens) for c in plan.reads]
+        by_tenant: defaultdict[str, float] = defaultdict(float)
         for request_id, seconds in spent:
-            if request_id in self._sequences:
-                self._shares.charge(self._sequences[request_id].tenant, seconds)
+            if (sequence := self._sequences.get(request_id)) is not None:
+                by_tenant[sequence.tenant] += seconds
+        for tenant, seconds in by_tenant.items():
+            self._shares.charge(tenant, seconds)
 
-    def _failed(self, sequence: LiveSequence, result: StepResult, events: list[Event]) -> bool:
-        message = result.failures.get(sequence.request.request_id)
-        if message is None:
-            return False
+    def _fail(self, sequence: LiveSequence, message: str) -> FailureEvent:
         self._forget(sequence.slots)  # whatever is wrong with it, nobody else begins with it
         self.cancel(sequence.request.request_id)
-        events.append(FailureEvent(sequence.request, message))
-        return True
+        return FailureEvent(sequence.request, message)
 
     def _continue(self, sequence: LiveSequence, tokens: Sequence[Token], now: float, events: list[Event]) -> None:
         """Give each branch its next token, and end the request if that was the last."""
         is_first = sequence.first_token_at is None
         gap = now - (sequence.request.arrival if is_first else sequence.last_token_at)
-        sequence.phase = Phase.DECODE
+        sequence.awaits_token = False
         sequence.last_token_at = now
         if sequence.first_token_at is None:
             sequence.first_token_at = now
@@ -644,9 +683,9 @@ class Scheduler:
         return [sequence for sequence in self._sequences.values() if sequence.phase is phase]
 
 
-def _sample(request: Request, branch: Branch) -> Sample:
-    output = tuple(branch.output) if request.sampling.adjusts_logits else ()
-    return Sample(request, len(request.prompt) + len(branch.output), len(branch.output), output)
+def _sample(sequence: LiveSequence, branch: Branch) -> Sample:
+    request, num_output = sequence.request, sequence.num_output
+    return Sample(request, len(request.prompt) + num_output, num_output, branch.output)
 
 
 def _times(sequence: LiveSequence) -> tuple[float, float]:

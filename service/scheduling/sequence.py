@@ -43,9 +43,10 @@ class LiveSequence:
     search: BeamSearch | None = None
     tenant: str = ""  # under whose name its time is counted
     load: Load | None = None  # foreseen when it came; while it waits nothing of it gets done
-    # States are written for positions [0, num_computed), of every branch.
+    # States are written for positions [0, num_computed) of every branch, or will be by the step that is under way.
     num_computed: int = 0
     num_cached: int = 0  # of those, the ones that were copied
+    awaits_token: bool = False  # of a step that is under way
     admitted_at: float = 0.0
     prefill_started_at: float | None = None
     first_token_at: float | None = None
@@ -58,8 +59,13 @@ class LiveSequence:
 
     @property
     def num_output(self) -> int:
-        """Tokens of its answer, which are as many in every branch."""
-        return len(self.branches[0].output) if self.branches else 0
+        """Tokens of its answer, which are as many in every branch; one that is being computed counts."""
+        return len(self.branches[0].output) + self.awaits_token if self.branches else 0
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is another token to be computed, as far as is known before the last one is."""
+        return self.num_output < self.request.max_tokens
 
     @property
     def reads_its_last(self) -> bool:

@@ -1,7 +1,7 @@
 """Our engine in a worker: scheduler, step graph and sampler as the server runs them, without threads or streams.
 
-A decode step is timed from asking the scheduler to telling it what came of it. Beside it the graph alone is run on the
-same rows: what a step takes longer is what the engine costs.
+A decode step is timed whole: from what is still to be planned to what came of it. Beside it the graph alone is run on
+the same rows: what a step takes longer is what the engine costs.
 """
 
 import math
@@ -26,6 +26,7 @@ from service.engine.device import HostDevice, item_bytes
 from service.engine.device_graph import DeviceGraph
 from service.engine.engine import Engine
 from service.engine.runtime import use_threads
+from service.pipeline import Pipeline
 from service.scheduling.config import SchedulerConfig
 from service.scheduling.plan import TokenEvent
 from service.scheduling.request import Request, SamplingParams
@@ -74,20 +75,21 @@ class Side:
         start = max(TAIL + 2, context - steps // 2)
         draw = random.Random(rows * context)
         scheduler = Scheduler(self._config)
+        pipeline = Pipeline(scheduler, self._engine, time.perf_counter)
         shared = self._tokens(draw, start - TAIL)
         most = self._config.capacity - start
         prompts = [(*shared, *self._tokens(draw, TAIL)) for _ in range(rows)]
         scheduler.add(_request("0", prompts[0], most))
-        while not self._step(scheduler)[1]:  # until it has a token: the others begin with a copy of its prompt
+        while not self._step(pipeline)[1]:  # until it has a token: the others begin with a copy of its prompt
             pass
         for index, prompt in enumerate(prompts[1:], 1):
             scheduler.add(_request(str(index), prompt, most))
         joined = 0  # steps that all rows were in
         while joined < WARM_UP:
-            joined += self._step(scheduler)[1] == rows
+            joined += self._step(pipeline)[1] == rows
         seconds = []
         for _ in range(steps):
-            step, tokens = self._step(scheduler)
+            step, tokens = self._step(pipeline)
             assert tokens == rows, f"{tokens} of {rows} rows went on: the capacity is too small"
             seconds.append(step)
         return {"step": spread(seconds), "graph": spread(self._graph_alone(rows, start, steps))}
@@ -96,18 +98,18 @@ class Side:
         """Return the seconds from a prompt to its first token."""
         draw = random.Random(tokens)
         scheduler = Scheduler(self._config)
+        pipeline = Pipeline(scheduler, self._engine, time.perf_counter)
         started = time.perf_counter()
         scheduler.add(_request("0", self._tokens(draw, tokens), 1))
-        while scheduler.has_work:
-            self._step(scheduler)
+        while pipeline.has_work:
+            self._step(pipeline)
         return {"first_token": time.perf_counter() - started}
 
-    def _step(self, scheduler: Scheduler) -> tuple[float, int]:
+    @staticmethod
+    def _step(pipeline: Pipeline) -> tuple[float, int]:
         """Return how long a step took, and how many tokens came of it."""
         started = time.perf_counter()
-        plan = scheduler.schedule(started)
-        result = self._engine.execute(plan)
-        events = scheduler.update(plan, result, time.perf_counter())
+        events = pipeline.step().events
         seconds = time.perf_counter() - started
         assert all(isinstance(event, TokenEvent) for event in events), events
         return seconds, len(events)

@@ -60,6 +60,8 @@ def test_a_deadline_or_a_priority_goes_before_calls_that_came_earlier(server, ba
 
 
 def test_a_server_with_nothing_to_do_tries_even_what_it_thinks_hopeless(server, eventually, refusal_of):
+    # A batch whose callers have hung up goes on, and nobody runs in it: what comes behind it finds it over.
+    assert embed(server, SHORT).result().embeddings
     eventually(lambda: server.value("attendant_requests_running", **MODEL) == 0)
     before = server.value("attendant_requests_finished_total", reason="deadline", **MODEL)
     refusal = refusal_of(embed(server, *[LONG] * 256, budget=0.03).result)

@@ -20,6 +20,7 @@ from service.engine_loop import EngineLoop, EngineOptions
 from service.errors import ExecutionFailed
 from service.metrics import ServerMetrics
 from service.scheduling.request import Beam, Finish, Request, SamplingParams, Token
+from service.scheduling.scheduler import Scheduler
 
 OPTIONS = EngineOptions(num_slots=6, kv_memory=8 << 20, prefill_chunk_tokens=16, idle_chunk_tokens=48, threads=2)
 
@@ -206,7 +207,7 @@ async def test_a_device_that_cannot_be_used_refuses_the_bundle_with_its_reason(f
         load(found, Full())
 
 
-async def test_a_step_is_told_while_the_next_is_computed_and_the_last_at_once(
+async def test_while_a_step_is_computed_the_last_is_told_and_the_next_planned(
     found: FoundBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop = load(found, HostDevice())
@@ -224,8 +225,9 @@ async def test_a_step_is_told_while_the_next_is_computed_and_the_last_at_once(
     monkeypatch.setattr(DeviceSampler, "launch", noted("launch", launch))
     monkeypatch.setattr(DeviceSampler, "collect", noted("collect", collect))
     monkeypatch.setattr(EngineLoop, "_hand_over", noted("tell", publish))
+    monkeypatch.setattr(Scheduler, "schedule", noted("plan", Scheduler.schedule))
     loop.start()
     request = Request(request_id="r/one", prompt=(5, 6, 7), max_tokens=4, arrival=loop.clock())
     assert len([token async for item in loop.submit(request) for token in item.tokens]) == 4
     await loop.close()
-    assert told == ["launch", "collect", *["launch", "tell", "collect"] * 3, "tell"]
+    assert told == ["plan", "launch", "plan", "collect", *["launch", "tell", "plan", "collect"] * 3, "tell"]

@@ -8,7 +8,7 @@ position, twice or not at all changes the answer, and so does a copy that came t
 import hashlib
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 
 import pytest
@@ -175,9 +175,17 @@ def seconds_of(phase: Phase, work: Work) -> float:
 
 
 class Walk:
-    """Drives a scheduler and its virtual engine and checks every event and every invariant."""
+    """Drives a scheduler and its virtual engine and checks every event and every invariant.
 
-    def __init__(self, settings: SchedulerConfig) -> None:
+    Args:
+        settings: of the scheduler.
+        ahead: whether each step is planned, where that can be, before the scheduler hears what came of the last.
+    """
+
+    def __init__(self, settings: SchedulerConfig, *, ahead: bool = False) -> None:
+        self.ahead = ahead
+        self.planned: StepPlan | None = None
+        self.num_planned = 0
         self.scheduler = Scheduler(settings, seconds_of if settings.joins_prompts else None)
         self.engine = VirtualEngine(settings.num_slots)
         self.outputs: dict[str, list[int]] = {}
@@ -194,19 +202,40 @@ class Walk:
         self.check()
         return cancelled
 
-    def step(self, cancel_midway: Sequence[str] = ()) -> list[Event]:
-        self.check_prefixes()
-        plan = self.scheduler.schedule(self.now)
-        self.check()
-        self.check_rows(plan)
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or self.planned is not None
+
+    def step(self, cancel_midway: Sequence[str] = (), fails: Set[str] = frozenset()) -> list[Event]:
+        plan = self.plan()
         result = self.engine.execute(plan)
-        for name in cancel_midway:
-            self.cancel(name)
+        failures = dict.fromkeys(plan.request_ids & fails, "the graph failed")
+        lost = {
+            slot for view in self.scheduler.snapshot().sequences if view.request_id in failures for slot in view.slots
+        }
+        tokens = {slot: token for slot, token in result.tokens.items() if slot not in lost}
+        result = replace(result, tokens=tokens, failures=failures)
+        self.check_prefixes()
+        if self.ahead and self.scheduler.can_plan_ahead:
+            self.scheduler.advance(plan)
+            self.check()
+            self.planned = self.scheduler.schedule(self.now)
+            self.check()
+            self.check_rows(self.planned)
+        else:
+            for name in cancel_midway:
+                self.cancel(name)
         self.now += 1.0
         events = self.scheduler.update(plan, result, self.now)
         self.check()
+        if self.planned is not None:
+            self.planned = self.scheduler.still_to_do(self.planned)
+            for name in cancel_midway:  # what was planned for them is not done any more
+                self.cancel(name)
+        assert {event.request.request_id for event in events if isinstance(event, FailureEvent)} == {*failures}
         for event in events:
-            assert not isinstance(event, FailureEvent)
+            if isinstance(event, FailureEvent):
+                continue
             name = event.request.request_id
             assert name not in self.finished, "an event after the last"
             if isinstance(event, SearchEvent):
@@ -218,6 +247,21 @@ class Walk:
             if event.finish is not None:
                 self.finished[name] = event.finish.reason
         return events
+
+    def plan(self) -> StepPlan:
+        """Return what is to be done of the step that was planned ahead, or plan one."""
+        planned, self.planned = self.planned, None
+        if planned is not None:
+            planned = self.scheduler.still_to_do(planned)
+        if planned is not None:
+            self.num_planned += 1
+            assert planned.request_ids <= {view.request_id for view in self.scheduler.snapshot().sequences}
+            return planned
+        self.check_prefixes()
+        plan = self.scheduler.schedule(self.now)
+        self.check()
+        self.check_rows(plan)
+        return plan
 
     def check_prefixes(self) -> None:
         """A free slot holds what others are told to begin with."""
@@ -250,13 +294,13 @@ def test_one_request_gets_what_the_model_says() -> None:
     walk = Walk(config())
     request = make_request("alone", 21, 10, eos_token_ids=frozenset())
     walk.add(request)
-    while walk.scheduler.has_work:
+    while walk.has_work:
         walk.step()
     assert (walk.outputs["alone"], walk.finished["alone"]) == oracle(request)
 
 
 def random_request(name: str, rng: random.Random, walk: Walk) -> Request:
-    """Any request that fits, about a source or not, with a beam search or not."""
+    """Any request that fits, about a source or not, with a beam search or not: rarely so where that is in the way."""
     capacity = walk.scheduler.config.capacity
     while True:
         prompt = rng.randint(1, capacity - 1)
@@ -268,7 +312,7 @@ def random_request(name: str, rng: random.Random, walk: Walk) -> Request:
             arrival=walk.now,
             priority=rng.randint(-1, 1),
             source=Source(source) if rng.random() < 0.5 else None,
-            beam=Beam(width=rng.randint(1, 3)) if rng.random() < 0.2 else None,
+            beam=Beam(width=rng.randint(1, 3)) if rng.random() < (0.03 if walk.ahead else 0.2) else None,
         )
         if request.beam is None and rng.random() < 0.5:
             request = replace(request, stop_token_ids=frozenset({STOP}))
@@ -300,8 +344,9 @@ def assert_found(answers: Sequence[Hypothesis], request: Request) -> None:
     assert [one.score for one in answers] == pytest.approx([score for _, score in expected], rel=1e-5)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("seed", range(30))
-def test_in_a_random_walk_every_request_gets_exactly_what_it_gets_alone(seed: int) -> None:
+def test_in_a_random_walk_every_request_gets_exactly_what_it_gets_alone(seed: int, ahead: bool) -> None:
     rng = random.Random(seed)
     capacity = rng.choice([24, 64, 128])
     slots = rng.randint(1, 6)
@@ -317,7 +362,7 @@ def test_in_a_random_walk_every_request_gets_exactly_what_it_gets_alone(seed: in
         joins_prompts=chunk is None and window is None and rng.random() < 0.7,
         row_buckets=[(), row_buckets(slots), tuple(sorted({(slots + 1) // 2, slots}))][seed % 3],
     )
-    walk = Walk(settings)
+    walk = Walk(settings, ahead=ahead)
     requests: dict[str, Request] = {}
     cancelled: set[str] = set()
     for operation in range(400):
@@ -335,26 +380,33 @@ def test_in_a_random_walk_every_request_gets_exactly_what_it_gets_alone(seed: in
             victim = rng.choice(alive)
             walk.step(cancel_midway=[victim])
             cancelled.add(victim)
-        elif choice > 0.97 and not walk.scheduler.has_work:
+        elif choice < 0.42 and alive:
+            victim = rng.choice(alive)
+            cancelled.update(
+                event.request.request_id for event in walk.step(fails={victim}) if isinstance(event, FailureEvent)
+            )
+        elif choice > 0.97 and not walk.has_work:
             walk.engine.execute(walk.scheduler.release_idle())
             walk.check()
         else:
             walk.step()
-    while walk.scheduler.has_work:
+    while walk.has_work:
         walk.step()
     for name, request in requests.items():
         assert name in walk.finished or name in cancelled
         assert_answered(walk, request)
+    assert (walk.num_planned > 50) == ahead
     walk.scheduler.release_idle()
     last = walk.scheduler.snapshot()
     assert (last.committed, last.reserved, last.sequences) == (0, 0, ())
     assert last.free_slots == set(range(slots))
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
-def test_a_beam_search_among_others_finds_what_it_finds_alone(width: int, length_penalty: float) -> None:
-    walk = Walk(config(num_slots=7, kv_budget=1024))
+def test_a_beam_search_among_others_finds_what_it_finds_alone(width: int, length_penalty: float, ahead: bool) -> None:
+    walk = Walk(config(num_slots=7, kv_budget=1024), ahead=ahead)
     requests = [
         make_request(
             f"search {number}",
@@ -369,7 +421,7 @@ def test_a_beam_search_among_others_finds_what_it_finds_alone(width: int, length
     for request in requests:
         walk.add(request)
         walk.step()
-    while walk.scheduler.has_work:
+    while walk.has_work:
         walk.step()
     for request in requests:
         assert_found(walk.answers[request.request_id], request)
@@ -415,7 +467,7 @@ def test_running_requests_lend_their_beginning() -> None:
     walk.step()
     for number in range(3):
         assert cached(walk, str(number), (*TRUNK[:50], number, number + 1, number + 2)) == 50
-    while walk.scheduler.has_work:
+    while walk.has_work:
         walk.step()
     assert (
         walk.outputs["running"][:50]
@@ -437,7 +489,7 @@ def test_a_beginning_that_comes_while_a_slot_is_parked_is_not_written_over() -> 
     waits = replace(computes, request_id="waits", priority=0, prompt=(*TRUNK[:40], TRUNK[40] ^ 1, 2, 3))
     walk.add(waits)
     events = []
-    while walk.scheduler.has_work:
+    while walk.has_work:
         events += walk.step()
     (first,) = [event for event in events if event.request.request_id == "waits" and event.is_first]
     assert (walk.outputs["waits"], first.cached_tokens) == (oracle(waits)[0], 40)
@@ -573,7 +625,7 @@ def test_urgent_requests_go_first_and_equal_ones_in_order_of_arrival() -> None:
     for name, arrival, priority in (("late", 2.0, 0), ("early", 1.0, 0), ("urgent", 3.0, 5)):
         walk.add(make_request(name, 4, 1, arrival=arrival, priority=priority))
     order = []
-    while walk.scheduler.has_work:
+    while walk.has_work:
         order += [event.request.request_id for event in walk.step()]
     assert order == ["urgent", "early", "late"]
 
@@ -584,7 +636,7 @@ def test_of_equal_priority_the_earliest_deadline_goes_first_and_none_is_a_minute
     for number, (name, deadline) in enumerate(deadlines.items()):
         walk.add(make_request(name, 4, 1, arrival=0.1 * number, deadline=deadline))
     order = []
-    while walk.scheduler.has_work:
+    while walk.has_work:
         order += [event.request.request_id for event in walk.step()]
     assert order == ["hurried", "silent", "late and silent", "patient"]
 
@@ -602,7 +654,7 @@ def test_what_is_past_its_deadline_costs_no_further_step() -> None:
         ("waiting", "waiting", 0),
     ]
     walk.check()
-    while walk.scheduler.has_work:
+    while walk.has_work:
         walk.step()
     assert walk.finished == {"unhurried": FinishReason.LENGTH}
 
@@ -637,7 +689,7 @@ def test_a_failure_ends_its_own_request_only() -> None:
     walk.check()
     assert [type(event) for event in events if event.request.request_id == "poison"] == [FailureEvent]
     walk.outputs["healthy"] += [e.token.token_id for e in events if isinstance(e, TokenEvent)]
-    while walk.scheduler.has_work:
+    while walk.has_work:
         walk.step()
     assert walk.outputs["healthy"] == oracle(make_request("healthy", 4, 9, eos_token_ids=frozenset()))[0]
 
@@ -647,7 +699,7 @@ def test_times_add_up() -> None:
     walk.now = 5.0
     walk.add(make_request("timed", 20, 3, arrival=2.0, eos_token_ids=frozenset()))
     events = []
-    while walk.scheduler.has_work:
+    while walk.has_work:
         events += walk.step()
     finish = events[-1].finish
     assert finish is not None

@@ -18,7 +18,7 @@ def test_chunks_attend_as_much_as_the_prompt_they_are_of(lengths: list[int], cac
 
 
 def test_the_work_of_a_plan_counts_parked_rows_and_padding_and_every_chunk() -> None:
-    rows = (Row("a", 1, 40, None), Row(None, 0, 7, None), Row("b", 1, 3, None))
+    rows = (Row("a", (1,), 0, 40, None), Row(None, (0,), 0, 7, None), Row("b", (1,), 0, 3, None))
     chunks = (Chunk("c", 4, 100, (1,) * 20, None), Chunk("d", 5, 0, (1,) * 8, None))
     encodes = (Encode("e", 6, Source((1,) * 5)), Encode("f", 7, Source((1,) * 9)))
     assert plan_work(StepPlan(rows=rows, chunks=chunks, encodes=encodes)) == {
