@@ -101,6 +101,7 @@ def export_bundle(
         ExportRefused: the model cannot be exported, the target exists, or a check failed.
     """
     limit, export = _architecture(model.module)
+    _require_finite(model.module)
     length = limit if max_model_len is None else max_model_len
     if precision not in _PRECISIONS:
         raise ExportRefused(f"precision is {precision!r}: export knows {', '.join(_PRECISIONS)}")
@@ -149,6 +150,13 @@ def export_bundle(
         shutil.rmtree(scratch, ignore_errors=True)
     report(f"wrote {target.directory}")
     return manifest
+
+
+def _require_finite(module: Model) -> None:
+    for name, tensor in module.named_parameters():
+        num_broken = tensor.numel() - int(tensor.isfinite().sum())
+        if num_broken:
+            raise ExportRefused(f"{name}: {num_broken} of {tensor.numel()} numbers of the checkpoint are not finite")
 
 
 def _architecture(module: Model) -> tuple[int, Export]:

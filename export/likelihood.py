@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from attendant.bundle import Quality
+from export.errors import ExportRefused
 
 LogitsOf = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 
@@ -36,7 +37,14 @@ def text_log_likelihoods(
 def compare_quality(
     reference: NDArray[np.float64], quantised: NDArray[np.float64], *, text: str, bound: float
 ) -> Quality:
-    """Return the perplexities of two models on the same predictions, and the difference with its standard error."""
+    """Return the perplexities of two models on the same predictions, and the difference with its standard error.
+
+    Raises:
+        ExportRefused: the quantised one makes logits that are not numbers.
+    """
+    num_broken = int(np.isnan(quantised).sum())
+    if num_broken:
+        raise ExportRefused(f"the certificate failed: {num_broken} of {len(quantised)} predictions of {text} are NaN")
     loss = reference - quantised
     with np.errstate(over="ignore"):
         ratio = float(np.exp(loss.mean()))

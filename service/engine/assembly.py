@@ -71,7 +71,7 @@ def assemble(
         if device is None and found.manifest.target == "cuda":
             device = CudaDevice()
         if device is not None:
-            with device.exclusive:
+            with device.loading, device.turns.together():
                 if kv_memory is None:
                     free, _ = device.memory()
                     kv_memory = free_for_states(free, _weight_bytes(found.manifest), num_bundles)

@@ -6,8 +6,11 @@ serves the smaller ones. Memory must not be allocated while a run is captured, s
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import onnxruntime as ort
+
+from service.engine.device import Device
 
 EAGER = -1
 """What ONNX Runtime's run option `gpu_graph_id` calls a run that is neither captured nor replayed; 0 is its own."""
@@ -26,6 +29,11 @@ def warm_up(buckets: Sequence[int]) -> Iterator[tuple[int, int]]:
     for num_rows in sorted(ids, reverse=True):
         yield from [(num_rows, EAGER)] * _WARM_UPS
         yield num_rows, ids[num_rows]
+
+
+def turn(device: Device, graph_id: int) -> AbstractContextManager[None]:
+    """Return what to hold during a run of `warm_up`: a capture is made alone."""
+    return device.turns.together() if graph_id == EAGER else device.turns.alone()
 
 
 def run_options(graph_id: int) -> ort.RunOptions:

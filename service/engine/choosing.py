@@ -8,6 +8,7 @@ the device once a step.
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol, TypeVar
@@ -52,6 +53,9 @@ class Chooser(Protocol[Rows_contra]):
     def waits(self) -> bool:
         """Whether the host has nothing to do while a step is computed."""
 
+    def turn(self) -> AbstractContextManager[None]:
+        """Return what to hold during a step."""
+
     def prepare(self) -> None:
         """Do what has to be done once, on the thread that is to run steps, while all slots are free."""
 
@@ -85,6 +89,10 @@ class HostChooser:
         self._sampler = Sampler(vocab_size)
         self._clock = clock
         self._times: list[float] = []
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Return nothing to speak of."""
+        return nullcontext()
 
     def prepare(self) -> None:
         """Do nothing."""
@@ -135,6 +143,10 @@ class DeviceChooser:
         self._events = [graph.device.event()]
         self._num_events = 0
         self._wanted: dict[int, Wanted] = {}
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Return what keeps others from capturing meanwhile."""
+        return self._device.turns.together()
 
     def prepare(self) -> None:
         """Capture the runs of every size, of the graph and of the sampler."""

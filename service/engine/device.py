@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attendant.bundle import DType
+from service.engine.turns import Turns
 
 Array = NDArray[Any]
 
@@ -87,14 +88,15 @@ class Device(ABC):
     """Memory and one stream of work. Not thread-safe.
 
     `name` and `index` are what ONNX Runtime's bindings know the device by, `stream` the address of the stream to
-    compute in, if there are any. `exclusive` is held by whoever loads a bundle or captures its runs: CUDA lets no
-    thread of the process allocate while another captures.
+    compute in, if there are any. `loading` is held by whoever loads a bundle, by what memory is free then. All that
+    use devices of this process do so in `turns`: together, but alone to capture a run.
     """
 
     name: str
     index: int = 0
     stream: int | None = None
-    exclusive = threading.Lock()
+    loading = threading.Lock()
+    turns = Turns()
 
     @abstractmethod
     def allocate(self, shape: tuple[int, ...], dtype: DType) -> Buffer:

@@ -19,7 +19,7 @@ import numpy as np
 from attendant.bundle import CAPACITY, DType, GraphKind, Manifest, Role, StateRule, StateSpec
 from service.bundle import BundleRefused, FoundBundle
 from service.engine.binding import Binding
-from service.engine.captures import EAGER, captured_ids, run_options, warm_up
+from service.engine.captures import EAGER, captured_ids, run_options, turn, warm_up
 from service.engine.device import Array, Buffer, Device, DeviceError
 from service.engine.graph import Logits, padded
 from service.engine.pools import position_bytes
@@ -176,11 +176,12 @@ class DeviceGraph:
         Raises:
             DeviceError: a captured run answers otherwise than an eager one.
         """
-        with self.device.exclusive:
-            for num_rows, graph_id in warm_up(self._buckets):
+        for num_rows, graph_id in warm_up(self._buckets):
+            with turn(self.device, graph_id):
                 self._decode(np.zeros(num_rows, np.int64), np.ones(num_rows, np.int32), 0, graph_id)
-            self.device.synchronize()
-            for num_rows, graph_id in captured_ids(self._buckets).items():
+                self.device.synchronize()
+        for num_rows, graph_id in captured_ids(self._buckets).items():
+            with self.device.turns.together():
                 self._verify(num_rows, graph_id)
         self._ids = captured_ids(self._buckets)
 
@@ -318,14 +319,16 @@ class DownloadedGraph:
     def chunk(self, slot: int, token_ids: Sequence[int], start: int, *, every_position: bool = False) -> Logits:
         """Feed positions [start, start + T) to one slot, and return logits [1, V], or [T, V]."""
         if every_position:
-            return self.graph.read_every(slot, token_ids, start)
+            with self.graph.device.turns.together():
+                return self.graph.read_every(slot, token_ids, start)
         work = prefill_work(start, len(token_ids))
         return self._observed("prefill", work, lambda: self.graph.chunk(slot, token_ids, start))
 
     def _observed(self, phase: Phase, work: Work, run: Callable[[], range]) -> Logits:
         self.graph.take()  # what a run that failed may have left
-        started = time.perf_counter()
-        logits = self.graph.download(run())
+        with self.graph.device.turns.together():
+            started = time.perf_counter()
+            logits = self.graph.download(run())
         if self.observer is not None:
             self.observer(phase, work, time.perf_counter() - started)
         self.graph.take()

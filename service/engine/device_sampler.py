@@ -15,7 +15,7 @@ from attendant.bundle import NOT_FINITE, NOT_RANKED, DType, GraphKind, GraphSpec
 from service.bundle import BundleRefused, FoundBundle
 from service.engine.adjustments import Adjustments, adjusts
 from service.engine.binding import Binding
-from service.engine.captures import EAGER, captured_ids, run_options, warm_up
+from service.engine.captures import EAGER, captured_ids, run_options, turn, warm_up
 from service.engine.device import Buffer, Device
 from service.engine.mirrors import Arriving, Mirror, Room
 from service.engine.runtime import create_session
@@ -115,12 +115,13 @@ class DeviceSampler:
 
     def capture(self) -> None:
         """Capture the runs of every bucket in which no logits are adjusted, on the thread that is to choose."""
-        with self._device.exclusive:
+        with self._device.turns.together():
             room = self._room(1)
-            for kind in _SAMPLE_GRAPHS:
-                for num_rows, graph_id in warm_up(self._buckets):
+        for kind in _SAMPLE_GRAPHS:
+            for num_rows, graph_id in warm_up(self._buckets):
+                with turn(self._device, graph_id):
                     self._run(kind, num_rows, room, graph_id)
-            self._device.synchronize()
+                    self._device.synchronize()
         self._ids = captured_ids(self._buckets)
 
     def _run(self, kind: GraphKind, num_rows: int, room: Room, graph_id: int) -> None:

@@ -51,6 +51,10 @@ class Engine:
         Raises:
             EngineBroken: nothing of the plan succeeded, nor would anything else.
         """
+        with self._chooser.turn():
+            return self._execute(plan, meanwhile)
+
+    def _execute(self, plan: StepPlan, meanwhile: Callable[[], object]) -> StepResult:
         for change in plan.memory:
             if isinstance(change, Release):
                 self.graph.release(change.slot)

@@ -81,7 +81,10 @@ class EncodingMethods:
             expired = ended_by(context) is grpc.StatusCode.DEADLINE_EXCEEDED
             model.metrics.failed("deadline" if expired else "cancelled")
             raise
-        except (DeadlineExceeded, DeadlineUnreachable):
+        except DeadlineUnreachable as error:
+            self._metrics.turned_away(self._catalog.label(request.model), error.reason.lower())
+            raise
+        except DeadlineExceeded:
             model.metrics.failed("deadline")
             raise
         except AttendantError:

@@ -533,20 +533,34 @@ class Scheduler:
         for request_id, message in result.failures.items():
             if (sequence := self._sequences.get(request_id)) is not None:
                 events.append(self._fail(sequence, message))
-        for chunk in plan.reads:
-            sequence = self._sequences.get(chunk.request_id)
-            if sequence is not None and self._reuses_prefix(sequence.request):
-                self._prefixes.put(sequence.branches[0].slot, Prefix(sequence.request.prompt, sequence.num_computed))
+        self._lend(plan)
         # Where the step had them: planning the next may have moved them.
         chosen = {chunk.request_id: chunk.slot for chunk in plan.reads if chunk.sample is not None}
         for slot, row in enumerate(plan.rows, plan.first_slot):
             if row.sample is not None and row.request_id is not None:
                 chosen[row.request_id] = slot
         for request_id, slot in chosen.items():
-            if (sequence := self._sequences.get(request_id)) is not None:
-                slots = [slot] if sequence.search is None else [branch.slot for branch in sequence.branches]
-                self._continue(sequence, [result.tokens[each] for each in slots], now, events)
+            sequence = self._sequences.get(request_id)
+            if sequence is None:
+                continue
+            event: SearchEvent | TokenEvent | None
+            if sequence.search is None:
+                event = self._append(sequence, result.tokens[slot], now)
+            else:
+                tokens = [result.tokens[branch.slot] for branch in sequence.branches]
+                event = self._search(sequence, sequence.search, tokens, now)
+            if event is not None:
+                events.append(event)
+                if event.finish is not None:
+                    self._end(sequence)
         return events
+
+    def _lend(self, plan: StepPlan) -> None:
+        """Let others begin with what was read of prompts."""
+        for chunk in plan.reads:
+            sequence = self._sequences.get(chunk.request_id)
+            if sequence is not None and self._reuses_prefix(sequence.request):
+                self._prefixes.put(sequence.branches[0].slot, Prefix(sequence.request.prompt, sequence.num_computed))
 
     def _charge(self, plan: StepPlan, result: StepResult) -> None:
         """Count the step's time among the tenants: of a batch in equal parts, of prompts by their tokens."""
@@ -567,30 +581,12 @@ class Scheduler:
         self.cancel(sequence.request.request_id)
         return FailureEvent(sequence.request, message)
 
-    def _continue(self, sequence: LiveSequence, tokens: Sequence[Token], now: float, events: list[Event]) -> None:
-        """Give each branch its next token, and end the request if that was the last."""
-        is_first = sequence.first_token_at is None
-        gap = now - (sequence.request.arrival if is_first else sequence.last_token_at)
-        sequence.awaits_token = False
-        sequence.last_token_at = now
-        if sequence.first_token_at is None:
-            sequence.first_token_at = now
-        event: SearchEvent | TokenEvent | None
-        if sequence.search is not None:
-            event = self._search(sequence, sequence.search, tokens)
-        else:
-            event = self._append(sequence, tokens[0], gap, is_first)
-        if event is None:
-            return
-        events.append(event)
-        if event.finish is not None:
-            request = sequence.request
-            if request.beam is None:
-                self._forecast.lengths.observe(request.max_tokens, sequence.num_output)
-            self.cancel(request.request_id)
-
-    def _append(self, sequence: LiveSequence, token: Token, gap_seconds: float, is_first: bool) -> TokenEvent:
+    def _append(self, sequence: LiveSequence, token: Token, now: float) -> TokenEvent:
+        """Give a sequence its next token."""
         (branch,), request = sequence.branches, sequence.request
+        is_first = sequence.first_token_at is None
+        gap_seconds = now - (request.arrival if is_first else sequence.last_token_at)
+        sequence.take_token(now)
         branch.output.append(token.token_id)
         reason = None
         if token.token_id in request.stop_token_ids:
@@ -612,7 +608,11 @@ class Scheduler:
             finish=None if reason is None else _finish(sequence, reason),
         )
 
-    def _search(self, sequence: LiveSequence, search: BeamSearch, tokens: Sequence[Token]) -> SearchEvent | None:
+    def _search(
+        self, sequence: LiveSequence, search: BeamSearch, tokens: Sequence[Token], now: float
+    ) -> SearchEvent | None:
+        """Give each beam its next token; return what was found once the search is over."""
+        sequence.take_token(now)
         branches = sequence.branches
         going = search.advance([b.output for b in branches], [b.log_likelihood for b in branches], tokens)
         if going:
@@ -626,6 +626,12 @@ class Scheduler:
             prefill_seconds=prefill_seconds,
             cached_tokens=sequence.num_cached,
         )
+
+    def _end(self, sequence: LiveSequence) -> None:
+        request = sequence.request
+        if request.beam is None:
+            self._forecast.lengths.observe(request.max_tokens, sequence.num_output)
+        self.cancel(request.request_id)
 
     def _branch(self, sequence: LiveSequence, going: Sequence[Continuation]) -> None:
         """Let beams go on: a beam's first continuation keeps its slot, others get copies in slots of beams that end.

@@ -72,6 +72,13 @@ class LiveSequence:
         """Whether the next token to be fed is the last there is, so that a new one follows from it."""
         return self.num_computed + 1 == len(self.request.prompt) + self.num_output
 
+    def take_token(self, now: float) -> None:
+        """Note when the token came that was awaited."""
+        self.awaits_token = False
+        self.last_token_at = now
+        if self.first_token_at is None:
+            self.first_token_at = now
+
 
 @dataclass(frozen=True, slots=True)
 class SequenceView:

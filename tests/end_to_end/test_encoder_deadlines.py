@@ -53,6 +53,21 @@ def test_what_cannot_be_in_time_is_refused_at_arrival_with_the_prediction(server
     assert now == refused + 1
 
 
+def test_what_waits_until_it_cannot_be_in_time_any_more_is_refused_too(server, backlog, refusal_of):
+    first = refusal_of(embed(server, *[LONG] * 256, budget=0.02, priority=-1).result)
+    seconds = float(first.metadata["predicted_seconds"])
+    refused = server.value("attendant_deadline_requests_total", outcome="refused", **MODEL)
+    missed = server.value("attendant_deadline_requests_total", outcome="missed", **MODEL)
+    call = embed(server, *[LONG] * 256, budget=1.2 * seconds, priority=-1)
+    others = [embed(server, *[LONG] * 256) for _ in range(16)]  # which go first
+    refusal = refusal_of(call.result)
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_UNREACHABLE")
+    for other in others:
+        other.cancel()
+    assert server.value("attendant_deadline_requests_total", outcome="refused", **MODEL) == refused + 1
+    assert server.value("attendant_deadline_requests_total", outcome="missed", **MODEL) == missed
+
+
 def test_a_deadline_or_a_priority_goes_before_calls_that_came_earlier(server, backlog):
     assert embed(server, SHORT, budget=20).result().embeddings
     assert embed(server, SHORT, priority=3).result().embeddings

@@ -11,6 +11,7 @@ import torch
 from attendant.bundle import GraphKind, Manifest, StateRule, read_manifest
 from export import certificate
 from export.bundle import ExportRefused, Target, export_bundle
+from export.likelihood import compare_quality
 from export.runner import Runner
 from export.source import source_of
 from models.captioner import Captioner, CaptionerConfig
@@ -283,6 +284,23 @@ def test_a_model_without_a_tokenizer_is_refused(llama, tmp_path):
     model = replace(trained(llama, recurrent("luong", "dot")), tokenizer=None)
     with pytest.raises(ExportRefused, match="has no tokenizer"):
         export_bundle(model, Target(repository=tmp_path, name="mute", version=1), precision="fp32", report=print)
+
+
+def test_weights_that_are_no_numbers_are_refused_by_name(llama, tmp_path):
+    module = recurrent("luong", "dot")
+    with torch.no_grad():
+        name, weight = next(iter(module.named_parameters()))
+        weight.view(-1)[1:3] = torch.tensor([torch.nan, torch.inf])
+    target = Target(repository=tmp_path, name="broken", version=1)
+    with pytest.raises(ExportRefused, match=f"{name}: 2 of {weight.numel()} numbers of the checkpoint are not finite"):
+        export_bundle(trained(llama, module), target, precision="fp32", report=print)
+    assert not (tmp_path / "broken").exists()
+
+
+def test_predictions_that_are_no_numbers_fail_the_certificate():
+    likely, broken = np.full(4, -1.0), np.array([-1.0, np.nan, -1.0, np.nan])
+    with pytest.raises(ExportRefused, match="certificate failed: 2 of 4 predictions of a text are NaN"):
+        compare_quality(likely, broken, text="a text", bound=0.1)
 
 
 def test_a_traced_graph_that_differs_from_the_model_is_refused(llama, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """The device's step graph, on the host's memory, against the CPU's: the same runs give the same bits."""
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -204,6 +206,36 @@ def test_every_number_of_rows_has_the_smallest_size_that_holds_it() -> None:
             size = bucket_of(num_rows, buckets)
             assert size in buckets and num_rows <= size < 2 * num_rows
     assert bucket_of(5, ()) == 5
+
+
+def test_runs_are_captured_while_nobody_else_uses_a_device(tiny: FoundBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = DeviceGraph(tiny, SLOTS, CAPACITY, HostDevice(), row_buckets(SLOTS))
+    run, other = DeviceGraph._decode, HostDevice()
+    inside: list[tuple[int, bool]] = []
+    others: list[threading.Thread] = []
+
+    def decode(self, token_ids, lengths, first_slot, graph_id) -> None:
+        came_in = threading.Event()
+
+        def use_another_device() -> None:
+            with other.turns.together():
+                came_in.set()
+
+        others.append(threading.Thread(target=use_another_device))
+        others[-1].start()
+        if graph_id == EAGER:
+            assert came_in.wait(30)
+        run(self, token_ids, lengths, first_slot, graph_id)
+        inside.append((graph_id, came_in.is_set()))
+
+    monkeypatch.setattr(DeviceGraph, "_decode", decode)
+    monkeypatch.setattr(DeviceGraph, "_verify", lambda self, num_rows, graph_id: None)
+    graph.capture()
+    for thread in others:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert sorted({each for each, _ in inside}) == [EAGER, *captured_ids(row_buckets(SLOTS)).values()]
+    assert all(came_in == (graph_id == EAGER) for graph_id, came_in in inside)
 
 
 def test_every_size_is_captured_once_after_two_eager_runs_the_largest_first() -> None:
