@@ -13,6 +13,7 @@ from math import inf
 from service.scheduling.config import SchedulerConfig
 from service.scheduling.output_lengths import OutputLengths
 from service.scheduling.request import Request
+from service.scheduling.row_buckets import bucket_of
 from service.scheduling.work import Predict, Work, encode_work, prefill_work
 
 CHUNK_UNIT = 32
@@ -100,11 +101,15 @@ class Forecast:
 
     def step_seconds(self, loads: Iterable[Load]) -> float | None:
         """Return how long a step takes in which all of these decode."""
-        rows = attended = 0.0
+        num_rows, attended = 0, 0.0
         for load in loads:
-            rows += load.rows
+            num_rows += load.rows
             attended += load.rows * load.context
-        return self._predict("decode", Work(1, rows, attended)) if rows else 0.0
+        return self.decode_seconds(num_rows, attended) if num_rows else 0.0
+
+    def decode_seconds(self, num_rows: int, attended: float) -> float | None:
+        """Return how long so many rows take that read so many positions; parked ones that fill a bucket run, too."""
+        return self._predict("decode", Work(1, bucket_of(num_rows, self._config.row_buckets), attended))
 
     def alone(self, load: Load) -> float | None:
         """Return the seconds that a request takes if it has the engine for itself: it cannot be faster."""

@@ -41,7 +41,7 @@ from service.scheduling.row_buckets import bucket_of
 from service.scheduling.sequence import Branch, LiveSequence, Occupancy, Phase, Snapshot, view_of
 from service.scheduling.shares import Shares
 from service.scheduling.slots import SlotLedger, rounded
-from service.scheduling.work import Predict, decode_work
+from service.scheduling.work import Predict
 
 MIN_CHUNK = 2
 """Tokens of a prompt's shortest chunk, but for prompts of one token."""
@@ -246,7 +246,7 @@ class Scheduler:
         if not decoding:
             return self.config.idle_chunk_tokens
         reading = self._by_urgency(Phase.PREFILL, now)
-        seconds = self._predict("decode", decode_work(decoding)) if self._predict is not None else None
+        seconds = self._forecast.decode_seconds(len(decoding), sum(decoding))
         if not self.config.inter_token_target or seconds is None or not reading:
             return self.config.chunk_tokens
         fits = self._forecast.chunk_tokens(

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from service.scheduling.config import SchedulerConfig
 from service.scheduling.latency import LatencyModel
+from service.scheduling.row_buckets import row_buckets
 from service.simulation.fleet import ROUTINGS, Run, simulate
 from service.simulation.replica import Machine
 from service.simulation.report import report
@@ -94,6 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     machine.add_argument("--kv-tokens", type=int, metavar="…", help="positions in KV memory; default: all slots full")
     machine.add_argument("--prefix-reuse", action=argparse.BooleanOptionalAction, default=True)
     machine.add_argument(
+        "--row-buckets",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="whether decode rows come in few sizes, as on a GPU",
+    )
+    machine.add_argument(
         "--send-deadlines",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -171,6 +178,7 @@ def _machine(given: argparse.Namespace) -> Machine:
         ageing=given.ageing_seconds,
         reuses_prefixes=given.prefix_reuse,
         joins_prompts=True,
+        row_buckets=row_buckets(given.max_num_seqs) if given.row_buckets else (),
     )
     return Machine(
         config=config,

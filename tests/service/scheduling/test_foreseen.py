@@ -116,6 +116,16 @@ def test_a_long_prompt_does_not_make_a_running_request_late_that_has_little_time
     assert outcomes[1].ending is Ending.FINISHED
 
 
+def test_rows_that_fill_a_bucket_are_foreseen_as_well() -> None:
+    costly = Laws({"prefill": (0.001, 0.0, 0.0), "decode": (0.0, 0.01, 0.0)})
+    tight = replace(arrival(0.0, 4, 50), budget_seconds=1.4)  # 0.5 s alone, and 1 s beside one other
+    asked = [tight, arrival(0.05, 4, 50)]
+    beside, _ = run(asked, replace(machine(inter_token_target=0.0), laws=costly))
+    before, after = run(asked, replace(machine(inter_token_target=0.0, row_buckets=(1, 8)), laws=costly))
+    assert beside.is_on_time and before.is_on_time
+    assert after.ending is Ending.FINISHED and after.e2e > 0.9, "beside it every step would take 8 rows"
+
+
 def test_the_same_deadline_is_missed_where_nothing_is_foreseen() -> None:
     short = arrival(0.0, 50, 60)
     tight = replace(short, budget_seconds=1.6 * alone(short))
