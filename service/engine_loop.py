@@ -386,7 +386,7 @@ class EngineLoop(BundleThread):
         self._note_idle()
 
     def _discard(self) -> None:
-        del self._engine
+        del self._engine, self._pipeline
         self._metrics.queue(0, 0)
         self._metrics.memory(0, 0)
 

@@ -75,10 +75,8 @@ class Engine:
         self._chooser.mark()
         encode_seconds, decode_seconds, prefill_seconds = self._chooser.finish(outcome, meanwhile)
         failures = outcome.failures
-        if failures and self._probe is not None:
-            slots = _slots(plan)
-            if failures.keys() == slots.keys():
-                self._probe.check(next(iter(slots.values())))  # which is lost anyway
+        if failures and self._probe is not None and failures.keys() == plan.request_ids:
+            self._probe.check(min(plan.slots(failures.keys())))  # which is lost anyway
         return StepResult(
             tokens=outcome.tokens,
             failures=failures,
@@ -160,16 +158,6 @@ class Engine:
 
 def _wanted(chunk: Chunk) -> Wanted:
     return chunk.request_id, chunk.slot, chunk.sample
-
-
-def _slots(plan: StepPlan) -> dict[str, int]:
-    """Return a slot of each request that a step is for."""
-    slots = {encode.request_id: encode.slot for encode in plan.encodes}
-    slots.update((chunk.request_id, chunk.slot) for chunk in plan.reads)
-    slots.update(
-        (row.request_id, slot) for slot, row in enumerate(plan.rows, plan.first_slot) if row.request_id is not None
-    )
-    return slots
 
 
 def _cause(error: Exception) -> str:

@@ -121,6 +121,13 @@ class StepPlan:
         found = {row.request_id for row in self.rows if row.request_id is not None}
         return found.union((each.request_id for each in self.encodes), (each.request_id for each in self.reads))
 
+    def slots(self, request_ids: Set[str]) -> set[int]:
+        """Return where the step computes for some requests."""
+        found = {slot for slot, row in enumerate(self.rows, self.first_slot) if row.request_id in request_ids}
+        found.update(encode.slot for encode in self.encodes if encode.request_id in request_ids)
+        found.update(chunk.slot for chunk in self.reads if chunk.request_id in request_ids)
+        return found
+
     def without(self, request_ids: Set[str]) -> "StepPlan":
         """Return the plan for when some requests have ended; all that was decided of memory stays."""
         rows = tuple(Row.parked(row.length) if row.request_id in request_ids else row for row in self.rows)

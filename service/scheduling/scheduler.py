@@ -530,6 +530,8 @@ class Scheduler:
         self._under_way = None
         self._charge(plan, result)
         events: list[Event] = []
+        # Whatever is wrong there, nobody else begins with it; the next step's plan may have moved them elsewhere.
+        self._forget(plan.slots(result.failures.keys()) if result.failures else ())
         for request_id, message in result.failures.items():
             if (sequence := self._sequences.get(request_id)) is not None:
                 events.append(self._fail(sequence, message))
@@ -577,7 +579,7 @@ class Scheduler:
             self._shares.charge(tenant, seconds)
 
     def _fail(self, sequence: LiveSequence, message: str) -> FailureEvent:
-        self._forget(sequence.slots)  # whatever is wrong with it, nobody else begins with it
+        self._forget(sequence.slots)
         self.cancel(sequence.request.request_id)
         return FailureEvent(sequence.request, message)
 

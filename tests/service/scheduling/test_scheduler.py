@@ -210,10 +210,10 @@ class Walk:
         plan = self.plan()
         result = self.engine.execute(plan)
         failures = dict.fromkeys(plan.request_ids & fails, "the graph failed")
-        lost = {
-            slot for view in self.scheduler.snapshot().sequences if view.request_id in failures for slot in view.slots
-        }
+        lost = plan.slots(failures.keys())
         tokens = {slot: token for slot, token in result.tokens.items() if slot not in lost}
+        for slot in lost:  # where the engine may have put itself to the test
+            self.engine.slots[slot] = [99] * self.scheduler.config.capacity
         result = replace(result, tokens=tokens, failures=failures)
         self.check_prefixes()
         if self.ahead and self.scheduler.can_plan_ahead:
@@ -506,6 +506,19 @@ def test_nobody_begins_with_what_a_failed_request_left() -> None:
     walk.engine.execute(plan)
     walk.scheduler.update(plan, StepResult(tokens={}, failures={"poison": "the graph failed"}), walk.now)
     assert cached(walk, "healthy", TRUNK[:40]) == 0
+
+
+@pytest.mark.parametrize("fails_at", range(2, 10))
+def test_nor_with_what_is_left_where_a_failed_request_was_about_to_move_from(fails_at: int) -> None:
+    walk = Walk(config(row_buckets=(1, 2, 4), reuses_prefixes=True, idle_chunk_tokens=128), ahead=True)
+    walk.add(make_request("ends", 2, 4, eos_token_ids=frozenset()))
+    walk.add(replace(make_request("poison", 1, 20, eos_token_ids=frozenset()), prompt=TRUNK[:40]))
+    for _ in range(fails_at):
+        walk.step()
+    walk.step(fails={"poison"})
+    while walk.has_work:
+        walk.step()
+    cached(walk, "healthy", TRUNK[:40])  # and the right answer
 
 
 def test_memory_that_is_given_back_is_no_beginning() -> None:
