@@ -183,12 +183,15 @@ class DeviceChooser:
             return nothing
         try:
             self._sampler.launch(samples)
-            meanwhile()
+        except Exception:
+            self._one_by_one(outcome)
+            return nothing
+        meanwhile()
+        try:
             choices = self._sampler.collect()
             self._device.synchronize()  # if nothing was wanted, nobody has
             parts = [self._device.seconds(*pair) for pair in pairwise(self._events[: self._num_events])]
         except Exception:
-            logger.exception("choosing for %d rows failed; trying them one by one", len(wanted))
             self._one_by_one(outcome)
             return nothing
         for one, choice in zip(wanted, choices, strict=True):
@@ -198,6 +201,7 @@ class DeviceChooser:
         return [seconds * part / whole for part in parts] if whole > 0 else nothing
 
     def _one_by_one(self, outcome: Outcome) -> None:
+        logger.exception("choosing for %d rows failed; trying them one by one", len(self._wanted))
         for row, one in self._wanted.items():
             request_id, slot, sample = one
             try:

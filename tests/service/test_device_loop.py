@@ -137,7 +137,7 @@ def test_states_get_most_of_what_weights_leave_free() -> None:
     assert free_for_states(1 << 30, 2 << 30, 1) == 0
 
 
-@pytest.mark.parametrize("what", ["decode", "launch"])
+@pytest.mark.parametrize("what", ["decode", "launch", "collect"])
 async def test_where_a_step_fails_its_rows_are_tried_one_by_one(
     found: FoundBundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
 ) -> None:
@@ -147,7 +147,7 @@ async def test_where_a_step_fails_its_rows_are_tried_one_by_one(
     def failing(original):
         def run(self, *arguments):
             nonlocal calls
-            several = sum(each is not None for each in arguments[0]) > 1
+            several = sum(each is not None for each in (arguments[0] if arguments else self._samples)) > 1
             calls += several
             if several and calls % 3 == 0:
                 raise DeviceError("as if the device had failed")
@@ -156,7 +156,7 @@ async def test_where_a_step_fails_its_rows_are_tried_one_by_one(
         return run
 
     loop = load(found, HostDevice())
-    owner = DeviceSampler if what == "launch" else DeviceGraph
+    owner = DeviceGraph if what == "decode" else DeviceSampler
     monkeypatch.setattr(owner, what, failing(getattr(owner, what)))
     given = await answers(loop, requests())
     assert calls > 3
