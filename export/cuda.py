@@ -6,6 +6,7 @@ node and copies nothing between host and device. And PyTorch in the half type fi
 in fp32. What only the device can show, the service checks when it loads the bundle.
 """
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,7 +100,7 @@ def export_for_cuda(
         report("measuring quality in PyTorch")
         quality = half_quality(decoder, half, text, capacity - 1, report)
     report("recording the golden run")
-    oracle = Oracle(wide if is_whole else streamed(half))
+    oracle = Oracle(wide if is_whole else _widened(half))
     golden = record_half_golden(oracle, Oracle(half), samples, capacity, directory)
     if precision == "fp16" and is_whole:
         checks += run_checks([_cpu_check(directory / step.file, oracle, golden)], report)
@@ -113,6 +114,13 @@ def export_for_cuda(
         certificate=Certificate(checks=tuple(checks), quality=quality),
         target="cuda",
     )
+
+
+def _widened(half: Decoder) -> Decoder:
+    """Return a decoder in float32: whole where memory is free for it twice, else a layer at a time, which is slow."""
+    num_bytes = 4 * sum(tensor.numel() for tensor in half.weights().values())
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return first_layers(half, half.config.num_layers) if free > 2 * num_bytes else streamed(half)
 
 
 def _twin_layers(half: Decoder) -> int:

@@ -5,8 +5,9 @@ have, all of them from slot 0. Captured before anything is served, the largest f
 serves the smaller ones. Memory must not be allocated while a run is captured, so each size runs twice before.
 """
 
+import gc
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 
 import onnxruntime as ort
 
@@ -31,9 +32,21 @@ def warm_up(buckets: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield num_rows, ids[num_rows]
 
 
-def turn(device: Device, graph_id: int) -> AbstractContextManager[None]:
-    """Return what to hold during a run of `warm_up`: a capture is made alone."""
-    return device.turns.together() if graph_id == EAGER else device.turns.alone()
+@contextmanager
+def turn(device: Device, graph_id: int) -> Iterator[None]:
+    """Hold what a run of `warm_up` needs: a capture is made alone, and memory is not given back meanwhile either."""
+    if graph_id == EAGER:
+        with device.turns.together():
+            yield
+        return
+    with device.turns.alone():
+        was_collecting = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if was_collecting:
+                gc.enable()
 
 
 def run_options(graph_id: int) -> ort.RunOptions:

@@ -150,8 +150,10 @@ class DeviceChooser:
 
     def prepare(self) -> None:
         """Capture the runs of every size, of the graph and of the sampler."""
-        self._graph.capture()
-        self._sampler.capture()
+        # To be alone is waited for until nobody loads, and all others would wait behind that.
+        with self._device.loading:
+            self._graph.capture()
+            self._sampler.capture()
 
     def start(self) -> None:
         """Begin a step, from the first row of the logits."""
@@ -189,7 +191,8 @@ class DeviceChooser:
         meanwhile()
         try:
             choices = self._sampler.collect()
-            self._device.synchronize()  # if nothing was wanted, nobody has
+            if not any(samples):  # then nobody has waited
+                self._device.synchronize()
             parts = [self._device.seconds(*pair) for pair in pairwise(self._events[: self._num_events])]
         except Exception:
             self._one_by_one(outcome)

@@ -99,7 +99,12 @@ class _Memory:
 
     def __init__(self, runtime: CudaRuntime, size: int) -> None:
         self.address = runtime.address("cudaMalloc", size)
-        weakref.finalize(self, runtime.call, "cudaFree", self.address).atexit = False
+        weakref.finalize(self, _free, runtime, "cudaFree", self.address).atexit = False
+
+
+def _free(runtime: CudaRuntime, name: str, address: int) -> None:
+    with Device.turns.together():  # whoever lets go of memory knows nothing of captures
+        runtime.call(name, address)
 
 
 class CudaDevice(Device):
@@ -138,7 +143,7 @@ class CudaDevice(Device):
         size = max(1, math.prod(shape) * item_bytes(dtype))
         address = self._runtime.address("cudaMallocHost", size)
         memory = (ctypes.c_char * size).from_address(address)
-        weakref.finalize(memory, self._runtime.call, "cudaFreeHost", address).atexit = False
+        weakref.finalize(memory, _free, self._runtime, "cudaFreeHost", address).atexit = False
         array: Array = np.ndarray(shape, dtype.value, memoryview(memory))
         array[...] = 0
         return array

@@ -13,6 +13,9 @@ from service.bundle import BundleRefused
 from service.engine.device import Device
 
 CUDA = "CUDAExecutionProvider"
+_ATTENTION = 1 | 2 | 16
+"""Kernels that attention may take: flash, memory-efficient, and unfused (ONNX Runtime's enum AttentionBackend). Left to
+itself it takes cuDNN's on Hopper, which are planned anew for every number of rows and tokens, and keep every plan."""
 
 logger = logging.getLogger(__name__)
 
@@ -62,14 +65,14 @@ def create_session(
     path = directory / graph.file
     try:
         try:
-            session = ort.InferenceSession(str(path), options, providers=providers)
+            session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
         except Exception as error:
             if device is None or device.name != "cuda" or not captures:
                 raise
             # A node that only the CPU has a kernel for: slower is better than not at all, but not in silence.
             logger.warning("%s: its runs can not be captured, every kernel is launched alone: %s", path, error)
             providers = [(CUDA, cuda_options(device, captures=False))]
-            session = ort.InferenceSession(str(path), options, providers=providers)
+            session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
         raise BundleRefused(f"{graph.file}: ONNX Runtime cannot load it: {error}") from error
     if device is not None and device.name == "cuda":
@@ -88,6 +91,7 @@ def cuda_options(device: Device, *, captures: bool) -> dict[str, str]:
         "enable_cuda_graph": "1" if captures else "0",
         # What is left of the memory belongs to the states.
         "arena_extend_strategy": "kSameAsRequested",
+        "sdpa_kernel": str(_ATTENTION),
     }
 
 
@@ -113,7 +117,7 @@ def require_cuda(providers: Sequence[str]) -> None:
     if providers[0] != CUDA:
         raise BundleRefused(
             f"it needs {CUDA}, and ONNX Runtime runs it with {', '.join(providers)}: the NVIDIA driver, a GPU, or one "
-            "of the libraries cuBLAS, cuDNN and cuFFT is missing"
+            "of the libraries cuBLAS, cuRAND and the CUDA runtime is missing"
         )
 
 

@@ -5,6 +5,7 @@ the same rows: what a step takes longer is what the engine costs.
 """
 
 import math
+import os
 import random
 import sys
 import time
@@ -36,6 +37,7 @@ from service.scheduling.slots import rounded
 STEP_TOKENS = 8192  # of prompts in a step: all rows join within a few
 TAIL = 4  # tokens of a prompt that no other shares
 WARM_UP = 3
+EAGER = "GPU_EAGER"  # an environment variable: launch every kernel alone, should CUDA graphs fail
 
 
 class Side:
@@ -54,6 +56,7 @@ class Side:
             max_slots=slots,
             kv_memory=slots * kept * rounded(capacity),
             device=HostDevice() if provider == "host" else None,
+            captures=EAGER not in os.environ,
         )
         assert assembly.num_slots == slots, (assembly.num_slots, slots)
         self._graph, self._engine = assembly.graph, Engine(assembly.graph, assembly.chooser)

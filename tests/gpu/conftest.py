@@ -6,6 +6,7 @@ what is for CUDA is skipped and the last lines of the run say so; with a device 
 fails. The oracle is the PyTorch decoder in float32, with the weights of the bundle.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ __all__ = ["eventually", "refusal_of"]  # fixtures
 TARGETS = ["cpu-fp32", "host-fp16", *(pytest.param(f"cuda-{half}", marks=pytest.mark.gpu) for half in ("fp16", "bf16"))]
 SERVE_ON_HOST = Path(__file__).with_name("serve_on_host.py")
 NEED_GPU = pytest.StashKey[set[str]]()
+EAGER = "GPU_EAGER"  # an environment variable: launch every kernel alone, should CUDA graphs fail
 PATIENCE = 300.0  # seconds until bundles are served: a device's libraries and graphs take their time
 
 
@@ -170,6 +172,8 @@ def served(request: pytest.FixtureRequest, exported, tmp_path_factory: pytest.Te
         request.getfixturevalue("cuda")
     found, decoder = exported(precision)
     arguments = ("--provider", found.manifest.target, "--max-num-seqs", "16")
+    if EAGER in os.environ and place != "cpu":
+        arguments += ("--no-cuda-graphs",)
     program = (str(SERVE_ON_HOST),) if place == "host" else ("-m", "service")
     server = Server(found.directory.parents[1], tmp_path_factory.mktemp("server") / "log", arguments, program)
     text = tokens_of(QUALITY, (found.directory / "tokenizer.json").read_text("utf-8")).tolist()

@@ -34,20 +34,26 @@ def build_faults(site: Path | None, wanted: str) -> list[str]:
 
 def session_faults() -> list[str]:
     """Return why a session that is asked for CUDA does not run there; empty if it does."""
+    import numpy as np
     from onnx import TensorProto, helper
 
-    tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in ("x", "y")]
-    graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "probe", tensors[:1], tensors[1:])
+    tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [size]) for name, size in (("x", 4), ("y", 1))]
+    # The largest of some numbers is what the sampler's graphs ask cuDNN for: it is loaded when it is first needed.
+    graph = helper.make_graph([helper.make_node("ReduceMax", ["x"], ["y"])], "probe", tensors[:1], tensors[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     if hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()
     try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=[CUDA])
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=[CUDA], enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
         return [f"a session on {CUDA} cannot be made: {error}"]
     if session.get_providers()[0] != CUDA:
         return [f"a session that was asked for {CUDA} runs on {session.get_providers()[0]}: a library or driver lacks"]
-    return []
+    try:
+        (largest,) = session.run(None, {"x": np.arange(4, dtype=np.float32)})
+    except Exception as error:
+        return [f"a session on {CUDA} cannot run: {error}"]
+    return [] if largest.tolist() == [3.0] else [f"a session on {CUDA} computes {largest.tolist()}, must be [3.0]"]
 
 
 def requirement_faults(root: Path = ROOT) -> list[str]:
