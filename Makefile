@@ -20,7 +20,7 @@ EXPORT_SOURCES := $(shell find models export -name '*.py' -not -path 'models/rec
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo serve test test-all lint proto baseline docs bundles bench bench-embeddings attention-cost gpu-test clean help
+.PHONY: demo serve test test-all lint proto baseline docs bundles bench bench-embeddings attention-cost gpu-test gpu-rehearsal clean help
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 16
@@ -36,6 +36,9 @@ test: bundles ## prove it, the slow tests aside
 
 test-all: bundles ## prove it, the slow tests included
 	$(BIN)/python -m pytest -m "not gpu"
+
+gpu-rehearsal: $(READY) ## ONNX Runtime's GPU build on a stand-in for NVIDIA's libraries: no GPU, nothing is computed
+	$(BIN)/python tests/gpu/rehearsal/rehearse.py --out build/rehearsal
 
 gpu-test: $(READY) ## the tests that need a CUDA device; `make gpu-test RUNTIME=gpu` on a fresh clone
 	$(BIN)/python -m pytest -m gpu
