@@ -57,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (wanted,) = re.findall(r'"(onnxruntime-gpu==[^"]+)"', (ROOT / "pyproject.toml").read_text("utf-8"))
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), wanted]
         subprocess.run(pip, check=True)
-    if not libraries.is_dir():
-        stand_in(site / "onnxruntime" / "capi" / "libonnxruntime_providers_cuda.so", libraries)
+    stand_in(site / "onnxruntime" / "capi" / "libonnxruntime_providers_cuda.so", libraries)
     if not repository.is_dir():
         asked = ("--synthetic", "llama-tiny", "--name", "llama-tiny", "--precision", "bf16")
         command = [sys.executable, "-m", "export", str(repository), *asked, "--max-model-len", str(LENGTH)]
@@ -72,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def stand_in(provider: Path, libraries: Path) -> None:
     """Compile a library for each that the provider needs, with every function that it asks for."""
     names = asked_for(provider)
-    libraries.mkdir(parents=True)
+    libraries.mkdir(parents=True, exist_ok=True)
     for library, part in LIBRARIES.items():
         rest = libraries / f"{part}.c"
         rest.write_text("\n".join(["#include <stdlib.h>", *map(_empty, sorted(names[library]))]) + "\n", "utf-8")
