@@ -16,9 +16,10 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,12 +130,8 @@ def rehearse(repository: Path, num_rows: int) -> int:
     """Load, capture, decode; return 1 if the device was called otherwise than it must be."""
     import onnxruntime
 
-    from service.bundle import FoundBundle, scan
-    from service.engine.choosing import DeviceChooser
-    from service.engine.cuda_device import CudaDevice
+    from service.bundle import scan
     from service.engine.device_graph import DeviceGraph
-    from service.engine.device_sampler import DeviceSampler
-    from service.engine.engine import Engine
     from service.engine.runtime import use_threads
     from service.scheduling.config import SchedulerConfig
     from service.scheduling.request import SamplingParams
@@ -142,18 +139,14 @@ def rehearse(repository: Path, num_rows: int) -> int:
 
     onnxruntime.set_default_logger_severity(3)
     use_threads(2)
-    calls = Calls()
-    (found,) = scan(repository)
-    assert isinstance(found, FoundBundle), found
-    buckets = row_buckets(num_rows)
-    graph = DeviceGraph(found, num_rows, LENGTH, CudaDevice(), buckets)
-    sampler_buckets = row_buckets(graph.logits.shape[0])
-    sampler = DeviceSampler(found, graph.logits, sampler_buckets)
-    calls.of("load", captures=0)
     DeviceGraph._verify = lambda *_: None  # there are no numbers to compare
-    engine = Engine(graph, DeviceChooser(graph, sampler))
+    calls, (found,) = Calls(), scan(repository)
+    engine = load(found, num_rows)
+    calls.of("load", captures=0)
     engine.prepare()
-    calls.of("capture", captures=len(buckets) + 2 * len(sampler_buckets))
+    buckets = row_buckets(num_rows)
+    num_captures = len(buckets) + 2 * len(row_buckets(2 * num_rows))
+    calls.of("capture", captures=num_captures)
     config = SchedulerConfig(
         num_slots=num_rows, capacity=LENGTH, kv_budget=num_rows * LENGTH, reuses_prefixes=True, row_buckets=buckets
     )
@@ -163,13 +156,35 @@ def rehearse(repository: Path, num_rows: int) -> int:
         "drawn with top-p": SamplingParams(temperature=0.8, top_p=0.95, seed=1),
     }.items():
         decode(name, sampling, engine, config, calls)
+    another = threading.Thread(target=lambda: load(found, num_rows).prepare())
+    another.start()
+    while another.is_alive():
+        for _ in busy(engine, config, SamplingParams(temperature=0.0)):
+            pass
+    calls.of("another is loaded beside it", captures=num_captures)
     for fault in calls.faults:
         print(f"error: {fault}", file=sys.stderr)
     return int(bool(calls.faults))
 
 
-def decode(name: str, sampling: Any, engine: Any, config: Any, calls: Calls) -> None:
-    """Let a request of every slot run to its end, all in the same way."""
+def load(found: Any, num_rows: int) -> Any:
+    """Load a bundle as the service does, but for checks of numbers."""
+    from service.engine.choosing import DeviceChooser
+    from service.engine.cuda_device import CudaDevice
+    from service.engine.device_graph import DeviceGraph
+    from service.engine.device_sampler import DeviceSampler
+    from service.engine.engine import Engine
+    from service.scheduling.row_buckets import row_buckets
+
+    device = CudaDevice()
+    with device.loading, device.turns.together():
+        graph = DeviceGraph(found, num_rows, LENGTH, device, row_buckets(num_rows))
+        sampler = DeviceSampler(found, graph.logits, row_buckets(graph.logits.shape[0]))
+    return Engine(graph, DeviceChooser(graph, sampler))
+
+
+def busy(engine: Any, config: Any, sampling: Any) -> Iterator[tuple[Any, float]]:
+    """Let a request of every slot run to its end, and yield every step that all decode in, and its seconds."""
     from service.pipeline import Pipeline
     from service.scheduling.request import Request
     from service.scheduling.scheduler import Scheduler
@@ -179,23 +194,26 @@ def decode(name: str, sampling: Any, engine: Any, config: Any, calls: Calls) -> 
     for number in range(num_rows):
         prompt = tuple(range(3 + number, 23 + number + number % 9))
         scheduler.add(Request(request_id=f"{number}", prompt=prompt, max_tokens=150, sampling=sampling, arrival=0.0))
-    while scheduler.occupancy().num_uncomputed:
-        pipeline.step()
-    calls.of(f"{name}: prompts", captures=0)
-    pipeline.step()
-    calls.of(f"{name}: the first step", captures=0)
-    assert len(pipeline.step().events) == num_rows
+    while pipeline.has_work:
+        started = time.perf_counter()
+        step = pipeline.step()
+        if len(step.plan.rows) == len(step.events) == num_rows:
+            yield step, time.perf_counter() - started
+
+
+def decode(name: str, sampling: Any, engine: Any, config: Any, calls: Calls) -> None:
+    """Count the calls of prompts, of a first step, of one like all others, and of the rest."""
+    steps = busy(engine, config, sampling)
+    next(steps)
+    calls.of(f"{name}: to the first step", captures=0)
+    next(steps)
     uploads = 2 if sampling.is_greedy else 3  # tokens, lengths, and what was drawn
     replayed = {"graph_launches": 2, "launches": 0, "captures": 0, "uploads": uploads, "downloads": 1}
     calls.of(f"{name}: a step", **replayed, waits=1, allocations=0)
-    seconds = []
-    for _ in range(100):
-        started = time.perf_counter()
-        assert len(pipeline.step().events) == num_rows
-        seconds.append(time.perf_counter() - started)
-    print(f"{name}: {statistics.median(seconds) * 1e6:.0f} ({min(seconds) * 1e6:.0f}) us a step of {num_rows} rows")
-    while pipeline.has_work:
-        pipeline.step()
+    seconds = [taken for _, taken in steps]
+    assert len(seconds) > 100, "nobody ended early"
+    median, best = (1e6 * each for each in (statistics.median(seconds), min(seconds)))
+    print(f"{name}: {median:.0f} ({best:.0f}) us a step of {config.num_slots} rows")
     calls.of(f"{name}: the rest", captures=0)
 
 
