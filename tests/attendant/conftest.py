@@ -279,6 +279,7 @@ class Terminal:
     def __init__(self) -> None:
         self.ours, self.theirs = pty.openpty()
         self.seen = ""
+        self.process: subprocess.Popen | None = None  # whose terminal it is
 
     def type(self, text: str) -> None:
         os.write(self.ours, text.encode())
@@ -288,10 +289,21 @@ class Terminal:
         deadline = time.monotonic() + PATIENCE
         while (found := re.search(pattern, self.seen, re.DOTALL)) is None:
             ready, _, _ = select.select([self.ours], [], [], max(0, deadline - time.monotonic()))
-            assert ready, f"waited for {pattern!r}, saw {self.seen!r}"
+            if not ready:
+                pytest.fail(f"waited for {pattern!r}, saw {self.seen!r}; the process was at {self._where()}")
             self.seen += os.read(self.ours, 4096).decode()
         self.seen = self.seen[found.end() :]
         return found[0]
+
+    def _where(self) -> str:
+        """End the process, and return what it says of where it was."""
+        if self.process is None:
+            return "no process"
+        self.process.send_signal(signal.SIGABRT)
+        said = ""
+        while select.select([self.ours], [], [], 1)[0]:
+            said += os.read(self.ours, 4096).decode()
+        return said
 
     def interrupt_until(self, pattern: str) -> None:
         """Press Ctrl-C, and again each second as a person would, until the pattern appears.
@@ -327,6 +339,8 @@ def on_terminal(start, terminal: Terminal) -> Callable[..., subprocess.Popen]:
 
     def on_terminal(*arguments: str) -> subprocess.Popen:
         ends = dict.fromkeys(("stdin", "stdout", "stderr"), terminal.theirs)
-        return start(*arguments, command=[sys.executable, "-c", OWN_TERMINAL], start_new_session=True, **ends)
+        command = [sys.executable, "-X", "faulthandler", "-c", OWN_TERMINAL]
+        terminal.process = start(*arguments, command=command, start_new_session=True, **ends)
+        return terminal.process
 
     return on_terminal
