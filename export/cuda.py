@@ -118,15 +118,19 @@ def export_for_cuda(
 
 def _widened(half: Decoder) -> Decoder:
     """Return a decoder in float32: whole where memory is free for it twice, else a layer at a time, which is slow."""
-    num_bytes = 4 * sum(tensor.numel() for tensor in half.weights().values())
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return first_layers(half, half.config.num_layers) if free > 2 * num_bytes else streamed(half)
+    return first_layers(half, half.config.num_layers) if free > 2 * _wide_bytes(half) else streamed(half)
 
 
 def _twin_layers(half: Decoder) -> int:
     """Return how many layers the twin has: all, unless that would be a very large one."""
-    num_bytes = 4 * sum(tensor.numel() for tensor in half.weights().values())
-    return half.config.num_layers if num_bytes <= TWIN_BYTES else min(TWIN_LAYERS, half.config.num_layers)
+    is_small = _wide_bytes(half) <= TWIN_BYTES
+    return half.config.num_layers if is_small else min(TWIN_LAYERS, half.config.num_layers)
+
+
+def _wide_bytes(half: Decoder) -> int:
+    """Return how many bytes its weights are in float32."""
+    return 4 * sum(tensor.numel() for tensor in half.weights().values())
 
 
 def _of_twin(check: Check, num_layers: int, of: int) -> Check:
