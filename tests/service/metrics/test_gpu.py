@@ -7,6 +7,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.engine.device_identity import cuda_device
 from service.metrics import ServerMetrics
 from service.metrics.gpu import GPU_FAMILIES, GpuCollector, GpuReading, find_gpus
 
@@ -58,3 +59,16 @@ assert find_gpus() is None
 assert b"_gpu_" not in generate_latest(ServerMetrics().registry)
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+@pytest.mark.gpu
+def test_a_device_says_what_it_has() -> None:
+    try:
+        cuda_device()
+    except OSError as error:
+        pytest.skip(f"no CUDA device: {error}")
+    read = find_gpus()
+    assert read is not None, "nvidia-ml-py finds no device"
+    for gpu in read():
+        assert 0 < gpu.used_bytes <= gpu.total_bytes
+        assert gpu.utilization_ratio is None or 0 <= gpu.utilization_ratio <= 1
